@@ -1,0 +1,58 @@
+"""The errors a person meets: each carries its data and says what happened, the numbers, and what to do."""
+
+
+class EdgeKVError(Exception):
+    """Base of every error that is meant to be read by a person; `str()` of it is the whole message."""
+
+
+class ConfigError(EdgeKVError):
+    """One or more faults in a configuration, each `file:line:column: error: path: message`."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class ModelError(EdgeKVError):
+    """A model folder cannot be used: names the file and, where there is one, the tensor or field."""
+
+
+class OverBudget(EdgeKVError):
+    """A lease was asked for that the budget does not hold."""
+
+    def __init__(self, name: str, asked_bytes: int, free_bytes: int, budget_bytes: int) -> None:
+        super().__init__(
+            f"{name}: {asked_bytes:,} bytes asked, {free_bytes:,} free of a budget of {budget_bytes:,}"
+        )
+        self.name, self.asked_bytes, self.free_bytes, self.budget_bytes = name, asked_bytes, free_bytes, budget_bytes
+
+
+class ContextLengthExceeded(EdgeKVError):
+    """The request can never fit the context or the pool; `limit_tokens` is the largest that can."""
+
+    def __init__(self, limit_tokens: int, prompt_tokens: int, completion_tokens: int, remedy: str = "") -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit_tokens} tokens. However, you requested "
+            f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the messages, "
+            f"{completion_tokens} in the completion).{' ' + remedy if remedy else ''}"
+        )
+        self.limit_tokens, self.prompt_tokens, self.completion_tokens = limit_tokens, prompt_tokens, completion_tokens
+
+
+class QueueFull(EdgeKVError):
+    """The request fits, but not now, and the queue is full (HTTP 429)."""
+
+    def __init__(self, needed_tokens: int, free_tokens: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"The queue is full: this request needs {needed_tokens:,} tokens of KV cache and {free_tokens:,} are free. "
+            f"Try again in {retry_after_s:.0f} s."
+        )
+        self.needed_tokens, self.free_tokens, self.retry_after_s = needed_tokens, free_tokens, retry_after_s
+
+
+class NotServing(EdgeKVError):
+    """The engine cannot take work now (HTTP 503): `code` is model_loading, device_lost, draining or overloaded."""
+
+    def __init__(self, code: str, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.code, self.retry_after_s = code, retry_after_s
