@@ -1,0 +1,353 @@
+"""Which tokens of which sequences run in the next step.
+
+Runs in: engine thread; owns: the waiting and running sequences (their blocks are `KVCache`'s).
+
+There is no prefill phase and no decode phase: every step takes one token of each decoding sequence first, then chunks
+of prompts up to the step's token budget, then admits waiting sequences into what is left.
+
+Why an admitted sequence finishes: a preemption takes the sequence with the least to recompute among those of the
+lowest priority, so the one of the highest priority with the most done is never taken while another runs; it goes on,
+ends, and then the next one is that one. A sequence that could not hold all its tokens alone is refused at submission.
+"""
+
+from bisect import insort
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+
+from edgekv.core.block_pool import OutOfBlocks
+from edgekv.core.kv_cache import KVCache
+from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec, Stage
+from edgekv.core.step import BlockCopy, Chunk, Finished, Sampled, Started, StepPlan, TokenOut
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one step may do.
+
+    `max_step_tokens` bounds every step; `mixed_step_tokens` one with decodes in it, so that a long prompt never holds
+    up running streams for longer than that many tokens take. Where decodes are more than half of that, prompts get as
+    many tokens again, or many streams would keep out all others.
+    """
+
+    max_sequences: int = 16
+    max_step_tokens: int = 512
+    mixed_step_tokens: int = 128
+
+    def step_tokens(self, num_decodes: int) -> int:
+        """The most tokens of a step with so many decodes."""
+        if num_decodes == 0:
+            return self.max_step_tokens
+        return min(max(self.mixed_step_tokens, 2 * num_decodes), self.max_step_tokens)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start; they only grow."""
+
+    prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a completed step changed, for the report."""
+
+    tokens: tuple[TokenOut, ...] = ()
+    finished: tuple[Finished, ...] = ()
+
+
+class Scheduler:
+    """Waiting and running sequences, and the choice among them.
+
+    Invariant: a sequence is in exactly one of waiting and running until it finishes, and holds blocks only while it
+    runs. `plan` and `complete` (or `retreat`) alternate.
+    """
+
+    def __init__(self, cache: KVCache, limits: Limits) -> None:
+        self.cache = cache
+        self.limits = limits
+        self.counters = Counters()
+        self.misses: dict[str, int] = {}
+        self._waiting: list[Sequence] = []
+        self._running: dict[int, Sequence] = {}
+        self._prefilling_keys: dict[bytes, int] = {}
+        self._started: list[Started] = []
+        self._arrivals = 0
+        self._most_running: int | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no block."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def running(self) -> Listing[Sequence]:
+        """The sequences that hold blocks, for integrity checks."""
+        return list(self._running.values())
+
+    def submit(self, spec: SequenceSpec) -> None:
+        """Queue a sequence. Raises ValueError for a prompt or a length that cannot be served."""
+        if not spec.prompt:
+            raise ValueError(f"sequence {spec.id} has an empty prompt")
+        if spec.sampling.max_tokens < 1:
+            raise ValueError(f"sequence {spec.id}: max_tokens is {spec.sampling.max_tokens}, must be at least 1")
+        longest = self.cache.pool.total_blocks * self.cache.block_size
+        if len(spec.prompt) + spec.sampling.max_tokens > longest:
+            raise ValueError(
+                f"sequence {spec.id}: {len(spec.prompt)} + {spec.sampling.max_tokens} tokens never fit "
+                f"a pool of {longest} tokens"
+            )
+        if spec.id in self._running or any(s.id == spec.id for s in self._waiting):
+            raise ValueError(f"sequence {spec.id} is here already")
+        self._arrivals += 1
+        self.counters.prompt_tokens += len(spec.prompt)
+        self._enqueue(Sequence.from_spec(spec, self._arrivals))
+
+    def abort(self, sequence_id: int) -> bool:
+        """Drop a sequence and free its blocks at once. False if it is not here (it ended already)."""
+        if sequence_id in self._running:
+            self._stop_running(self._running[sequence_id], Stage.FINISHED)
+            return True
+        for sequence in self._waiting:
+            if sequence.id == sequence_id:
+                self._waiting.remove(sequence)
+                sequence.stage = Stage.FINISHED
+                return True
+        return False
+
+    def plan(self) -> StepPlan:
+        """Choose the next step. Empty when nothing can run (then a waiting sequence cannot fit: see `hopeless`)."""
+        chunks: dict[int, Chunk] = {}
+        preempted: list[int] = []
+        copies: list[BlockCopy] = []
+        ordered = sorted(self._running.values(), key=_rank)
+        for sequence in ordered:
+            if sequence.num_uncomputed == 1 and self._make_room(sequence, chunks, preempted):
+                chunks[sequence.id] = self._chunk(sequence, 1)
+        budget = self.limits.step_tokens(len(chunks)) - len(chunks)
+        for sequence in ordered:
+            if budget > 0 and sequence.stage is Stage.RUNNING and sequence.id not in chunks:
+                chunk = self._chunk(sequence, budget)
+                chunks[sequence.id] = chunk
+                budget -= len(chunk.token_ids)
+        if not preempted:
+            copies = self._admit(chunks, budget)
+        self.counters.preemptions += len(preempted)
+        return StepPlan(tuple(copies), tuple(chunks.values()), tuple(preempted))
+
+    def complete(self, plan: StepPlan, sampled: Listing[Sampled]) -> Outcome:
+        """Take a step's results: `sampled` has one entry for each chunk that samples, in the plan's order."""
+        self.cache.unpin()
+        tokens: list[TokenOut] = []
+        finished: list[Finished] = []
+        results = iter(sampled)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            prompt_left = max(0, sequence.num_prompt - chunk.start)
+            self.counters.computed_prompt_tokens += min(prompt_left, len(chunk.token_ids))
+            sequence.num_computed = chunk.end
+            self.cache.publish(sequence)
+            self._forget_prefilled(chunk)
+            if not chunk.samples:
+                continue
+            choice = next(results)
+            sequence.tokens.append(choice.token_id)
+            self.counters.generated_tokens += 1
+            reason = _finish_reason(sequence)
+            tokens.append(TokenOut(sequence.id, choice, is_stop=reason is FinishReason.STOP))
+            if reason is not None:
+                self._stop_running(sequence, Stage.FINISHED)
+                finished.append(Finished(sequence.id, reason))
+        return Outcome(tuple(tokens), tuple(finished))
+
+    def give_up(self, sequence_ids: Listing[int], reason: FinishReason, detail: str) -> tuple[Finished, ...]:
+        """End sequences that a fault has hit; the others are not disturbed, and nothing they left is reused."""
+        finished: list[Finished] = []
+        for sequence_id in sequence_ids:
+            # One at a time: what several of them share is withdrawn with the last that holds it.
+            if sequence_id in self._running:
+                self.cache.distrust(self._running[sequence_id])
+            if self.abort(sequence_id):
+                finished.append(Finished(sequence_id, reason, detail))
+        return tuple(finished)
+
+    def retreat(self, plan: StepPlan) -> bool:
+        """A step found too little memory and did not happen: plan it again with one sequence less.
+
+        The sequence that is cheapest to lose is preempted, and nobody is admitted in its place until another sequence
+        has ended, or the same step would fail again for ever. False, and nothing preempted, where only one runs.
+        """
+        self.cache.unpin()
+        most_running = len(self._running) - 1
+        copied = {copy.target for copy in plan.copies}
+        for sequence in self.running:
+            if copied.intersection(sequence.block_table):
+                # Whether the copy was made is not known, so what it brought does not count as computed.
+                sequence.num_computed -= sequence.num_computed % self.cache.block_size
+                self._preempt(sequence)
+        if most_running == 0:
+            return False
+        while len(self._running) > most_running:
+            self._preempt(max(self._running.values(), key=_cheapness))
+            self.counters.preemptions += 1
+        self._most_running = most_running
+        return True
+
+    def vacate_segment(self) -> tuple[int, list[BlockCopy]] | None:
+        """Empty the segment that costs least, preempting where the others cannot take its blocks.
+
+        Returns its index and the copies to make; the segment itself is still there, and free. None where what would be
+        left could not hold every admitted sequence at its full length: a promise is not broken for memory.
+        """
+        pool = self.cache.pool
+        segment = pool.emptiest_segment()
+        if segment is None or pool.total_blocks - pool.segments[segment] < self._largest_need_blocks():
+            return None
+        while True:
+            try:
+                return segment, self.cache.vacate(segment, self._running.values())
+            except OutOfBlocks:
+                self._preempt(max(self._running.values(), key=_cheapness))
+                self.counters.preemptions += 1
+
+    def take_started(self) -> tuple[Started, ...]:
+        """The sequences scheduled for the first time since the last call."""
+        started, self._started = tuple(self._started), []
+        return started
+
+    def hopeless(self) -> Listing[int]:
+        """The head of the queue, when nothing runs and it still cannot be admitted: the pool has become too small."""
+        return [self._waiting[0].id] if self._waiting and not self._running else []
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where an invariant does not hold."""
+        self.cache.check_integrity(self._running.values())
+        for sequence in self._running.values():
+            assert sequence.stage is Stage.RUNNING, f"sequence {sequence.id} runs as {sequence.stage}"
+            assert sequence.num_uncomputed >= 1, f"sequence {sequence.id} has nothing left to compute"
+        for sequence in self._waiting:
+            waits = sequence.stage in (Stage.WAITING, Stage.PREEMPTED)
+            assert waits, f"sequence {sequence.id} waits as {sequence.stage}"
+            assert not sequence.block_table, f"sequence {sequence.id} waits with blocks"
+        assert set(self._prefilling_keys.values()) <= self._running.keys(), "a key is awaited from nobody"
+
+    def _largest_need_blocks(self) -> int:
+        needs = (s.num_prompt + s.spec.sampling.max_tokens for s in (*self._waiting, *self._running.values()))
+        return self.cache.blocks_for(max(needs, default=1))
+
+    def _admit(self, chunks: dict[int, Chunk], budget: int) -> list[BlockCopy]:
+        copies: list[BlockCopy] = []
+        for sequence in list(self._waiting):
+            if budget <= 0 or len(self._running) >= (self._most_running or self.limits.max_sequences):
+                break
+            match = self.cache.match(sequence)
+            if self._comes_soon(sequence, len(match.nodes)):
+                continue  # its prefix is being computed for another: waiting costs less than computing it twice
+            # One block in reserve for each running sequence, so that admitting does not preempt at the next boundary.
+            if not self.cache.can_admit(sequence, match, reserve_blocks=len(self._running)):
+                break  # first come, first served: nobody overtakes a sequence that waits for memory
+            self._waiting.remove(sequence)
+            copies += self.cache.admit(sequence, match)
+            self._running[sequence.id] = sequence
+            sequence.stage = Stage.RUNNING
+            self._note_start(sequence, match.miss)
+            self._announce_prefill(sequence)
+            chunks[sequence.id] = self._chunk(sequence, budget)
+            budget -= len(chunks[sequence.id].token_ids)
+        return copies
+
+    def _make_room(self, sequence: Sequence, chunks: dict[int, Chunk], preempted: list[int]) -> bool:
+        """Give a decoding sequence the block its next token needs. False if it had to be preempted itself."""
+        while sequence.stage is Stage.RUNNING and not self.cache.can_grow(sequence):
+            victim = max(self._running.values(), key=_cheapness)
+            chunks.pop(victim.id, None)
+            self._preempt(victim)
+            preempted.append(victim.id)
+        if sequence.stage is not Stage.RUNNING:
+            return False
+        self.cache.grow(sequence)
+        return True
+
+    def _chunk(self, sequence: Sequence, most_tokens: int) -> Chunk:
+        start = sequence.num_computed
+        end = min(len(sequence.tokens), start + most_tokens)
+        return Chunk(
+            sequence=sequence,
+            start=start,
+            token_ids=tuple(sequence.tokens[start:end]),
+            block_table=tuple(sequence.block_table),
+            samples=end == len(sequence.tokens),
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence, Stage.PREEMPTED)
+        sequence.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _stop_running(self, sequence: Sequence, stage: Stage) -> None:
+        del self._running[sequence.id]
+        if stage is Stage.FINISHED:
+            self._most_running = None
+        self.cache.release(sequence)
+        sequence.stage = stage
+        for key in [k for k, owner in self._prefilling_keys.items() if owner == sequence.id]:
+            del self._prefilling_keys[key]
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=_rank)
+
+    def _note_start(self, sequence: Sequence, miss: str | None) -> None:
+        if sequence.cached_tokens is not None:
+            return  # resumed
+        sequence.cached_tokens = sequence.num_computed
+        self.counters.cached_prompt_tokens += sequence.num_computed
+        self._started.append(Started(sequence.id, sequence.num_computed, miss))
+        if miss is not None:
+            kind = miss.split(":")[0]
+            self.misses[kind] = self.misses.get(kind, 0) + 1
+
+    def _comes_soon(self, sequence: Sequence, matched_blocks: int) -> bool:
+        keys = sequence.block_keys
+        return matched_blocks < len(keys) and keys[matched_blocks] in self._prefilling_keys
+
+    def _announce_prefill(self, sequence: Sequence) -> None:
+        first = sequence.num_computed // self.cache.block_size
+        for key in sequence.block_keys[first:]:
+            self._prefilling_keys.setdefault(key, sequence.id)
+
+    def _forget_prefilled(self, chunk: Chunk) -> None:
+        if self._prefilling_keys:
+            size, sequence = self.cache.block_size, chunk.sequence
+            for key in sequence.block_keys[chunk.start // size : chunk.end // size]:
+                if self._prefilling_keys.get(key) == sequence.id:
+                    del self._prefilling_keys[key]
+
+
+def _rank(sequence: Sequence) -> tuple[int, bool, int]:
+    """The order of service: priority, then preempted ones, then arrival."""
+    return sequence.spec.priority, sequence.stage is not Stage.PREEMPTED, sequence.arrival
+
+
+def _cheapness(sequence: Sequence) -> tuple[int, int, int]:
+    """The greatest is preempted first: lowest priority, then least to recompute, then the youngest."""
+    return sequence.spec.priority, -sequence.num_computed, sequence.arrival
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    sampling = sequence.spec.sampling
+    if sequence.tokens[-1] in sampling.stop_token_ids and sequence.num_output > sampling.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if sequence.num_output >= sampling.max_tokens else None

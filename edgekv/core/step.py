@@ -1,0 +1,123 @@
+"""What one engine step is told to do, and what it says it did. Runs in: anywhere; owns: nothing (frozen data)."""
+
+from dataclasses import dataclass, field
+
+from edgekv.core.sequence import FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy the first `num_tokens` slots of every layer of block `source` to block `target`, before the forward pass."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run through the model in this step.
+
+    Positions `start .. start + len(token_ids) - 1`. `block_table` covers them all: token position p lives in block
+    `block_table[p // block_size]`, slot `p % block_size`. `samples` says whether the chunk ends at the sequence's
+    last known token, so that its last row's logits choose the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        """Context length once this chunk is computed."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: copies first, then all chunks as one ragged batch (decodes are chunks of one token)."""
+
+    copies: tuple[BlockCopy, ...]
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the batch."""
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token chosen for one row; log-probabilities are of the raw model distribution (natural log)."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sequence was scheduled for the first time. `miss` says why the prefix cache gave no more than it did."""
+
+    sequence_id: int
+    cached_tokens: int
+    miss: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """One generated token of one sequence. `is_stop`: it ended the sequence and is not part of its text."""
+
+    sequence_id: int
+    sampled: Sampled
+    is_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence ended; its blocks are already released."""
+
+    sequence_id: int
+    reason: FinishReason
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """Where the blocks are: free + cached + active = total."""
+
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    active_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot after a step; counters only grow."""
+
+    pool: PoolStats
+    running: int
+    waiting: int
+    steps: int = 0
+    prompt_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Everything that one step has to tell the streams."""
+
+    stats: EngineStats
+    started: tuple[Started, ...] = ()
+    tokens: tuple[TokenOut, ...] = ()
+    finished: tuple[Finished, ...] = ()
