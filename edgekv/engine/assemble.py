@@ -1,0 +1,112 @@
+"""From a model folder to a running engine: shape, dtype, plan, leases, weights, pool, core.
+
+Runs in: engine thread; owns: nothing once it returns. The plan comes from `edgekv.core.capacity`, as that of
+`edgekv plan` does, and every byte of it is leased before anything is allocated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from edgekv.core.block_pool import BlockPool
+from edgekv.core.capacity import DtypeChoice, DtypeName, MemoryPlan
+from edgekv.core.kv_cache import KVCache
+from edgekv.core.prefix_cache import PrefixCache
+from edgekv.core.sampling import SamplingParams
+from edgekv.core.scheduler import Limits, Scheduler
+from edgekv.core.sequence import Sequence, SequenceSpec
+from edgekv.core.step import Chunk, StepPlan
+from edgekv.engine.core import EngineCore
+from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.runner import Runner
+from edgekv.engine.sampler import Sampler, SampleRow
+from edgekv.engine.segments import Segments
+from edgekv.engine.settings import KV_LEASE, EngineSettings, lease, plan_engine
+from edgekv.model.hf_config import read_generation_config, read_spec
+from edgekv.model.loader import load_model
+from edgekv.model.spec import GenerationDefaults, ModelSpec
+from edgekv.smi.device import Place
+from edgekv.text.chat_template import ChatTemplate, load_chat_template
+from edgekv.text.tokenizer import Tokenizer, load_tokenizer
+
+TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """What was built: the model's shape and texts, and where every byte went (`leases`, by name)."""
+
+    spec: ModelSpec
+    generation: GenerationDefaults
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    place: Place
+    dtype: DtypeChoice
+    memory: MemoryPlan
+    leases: dict[str, int]
+    pool_tokens: int
+
+
+def assemble(settings: EngineSettings, progress: Callable[[int, int, str], None]) -> tuple[EngineCore, Assembly]:
+    """Load the model and build its engine. Raises ModelError or OverBudget before anything large is allocated."""
+    spec = read_spec(settings.folder)
+    tokenizer = load_tokenizer(settings.folder)
+    generation = _with_end_of_text(read_generation_config(settings.folder), tokenizer.eos_id)
+    template = load_chat_template(settings.folder)
+    choice, memory = plan_engine(settings, spec)
+    ledger = lease(memory)
+    device = torch.device(settings.place.torch_name)
+    model = load_model(settings.folder, dtype=TORCH_DTYPES[choice.name], device=device, progress=progress)
+    progress(0, memory.kv.pool_bytes, "KV pool")
+    pool = KVPool(
+        spec,
+        dtype=TORCH_DTYPES[memory.kv_dtype],
+        device=device,
+        block_size=memory.kv.block_size,
+        segment_blocks=memory.kv.segment_blocks,
+    )
+    blocks = BlockPool(block_size=memory.kv.block_size, segment_blocks=memory.kv.segment_blocks)
+    segments = Segments(blocks, pool, ledger)
+    for num_blocks, segment_lease in zip(memory.kv.segments, ledger.leases(KV_LEASE), strict=True):
+        segments.add(num_blocks, segment_lease)
+        progress(pool.num_bytes, memory.kv.pool_bytes, "KV pool")
+    cache = KVCache(blocks, PrefixCache(memory.kv.block_size) if settings.prefix_cache else None)
+    limits = Limits(max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens)
+    runner, sampler = Runner(model, pool), Sampler(spec.vocab_size, device)
+    progress(0, 0, "first step")
+    _warm_up(runner, sampler, blocks)
+    core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments)
+    return core, Assembly(
+        spec=spec,
+        generation=generation,
+        tokenizer=tokenizer,
+        chat_template=template,
+        place=settings.place,
+        dtype=choice,
+        memory=memory,
+        leases=ledger.statement(),
+        pool_tokens=pool.num_tokens,
+    )
+
+
+def _with_end_of_text(generation: GenerationDefaults, eos_id: int | None) -> GenerationDefaults:
+    """The tokenizer's end of text joins those of the configuration, as in vLLM: some folders name it nowhere else."""
+    if eos_id is None or eos_id in generation.eos_token_ids:
+        return generation
+    return replace(generation, eos_token_ids=(*generation.eos_token_ids, eos_id))
+
+
+def _warm_up(runner: Runner, sampler: Sampler, blocks: BlockPool) -> None:
+    """Run a short prompt and one decode, so that what torch sets up on first use is no client's to wait for."""
+    [block] = blocks.allocate(1)
+    spec = SequenceSpec(id=0, prompt=(0,) * (blocks.block_size - 1), sampling=SamplingParams(max_tokens=1))
+    sequence = Sequence.from_spec(spec, arrival=0)
+    for start, token_ids in ((0, spec.prompt), (len(spec.prompt), (0,))):
+        plan = StepPlan(copies=(), chunks=(Chunk(sequence, start, token_ids, (block,), samples=True),))
+        sampler.sample(runner.forward(plan), [SampleRow(spec.sampling, sequence.tokens, sequence.num_prompt)])
+    blocks.release(block, keep=False)

@@ -1,0 +1,23 @@
+"""What the sampler must know of one row of logits. Runs in: engine thread; owns: nothing (frozen data)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgekv.core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """The settings and the tokens so far of the sequence that a row of logits continues.
+
+    `tokens` are the prompt, of which there are `num_prompt`, and the output after it.
+    """
+
+    params: SamplingParams
+    tokens: Sequence[int]
+    num_prompt: int
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far: the counter of the row's next random number."""
+        return len(self.tokens) - self.num_prompt

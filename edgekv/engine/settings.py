@@ -1,0 +1,119 @@
+"""What an engine is built from, and the plan of its memory. Runs in: anywhere (no torch); owns: nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekv.config.settings import Config, Model
+from edgekv.config.units import Share
+from edgekv.core.capacity import DtypeChoice, DtypeName, MemoryPlan, choose_dtype, plan_memory
+from edgekv.core.ledger import Ledger
+from edgekv.errors import EdgeKVError
+from edgekv.model.spec import ModelSpec
+from edgekv.smi.device import Place
+
+KV_LEASE = "kv.target"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What was asked for; None leaves the choice to the planner.
+
+    `kv_budget` is in bytes (int) or a share of the device's free memory (float).
+    """
+
+    folder: Path
+    place: Place
+    dtype: DtypeName | None = None
+    kv_dtype: DtypeName | None = None
+    kv_budget: int | float | None = None
+    context_tokens: int | None = None
+    block_size: int = 16
+    prefix_cache: bool = True
+    max_sequences: int = 16
+    max_step_tokens: int = 512
+
+    @classmethod
+    def from_config(cls, config: Config, model: Model, place: Place) -> "EngineSettings":
+        """What the configuration asks for: the model's own settings over the general ones."""
+        budget = config.kv.budget if model.kv.budget is None else model.kv.budget
+        kv_dtype = config.kv.dtype if model.kv.dtype is None else model.kv.dtype
+        return cls(
+            folder=model.path,
+            place=place,
+            dtype=None if model.dtype == "auto" else model.dtype,
+            kv_dtype=None if kv_dtype == "auto" else kv_dtype,
+            kv_budget=None if budget == "auto" else budget.fraction if isinstance(budget, Share) else budget,
+            context_tokens=None if model.context == "auto" else model.context,
+            block_size=config.kv.block_size,
+            prefix_cache=config.kv.prefix_cache,
+            max_sequences=model.max_num_seqs,
+            max_step_tokens=model.max_step_tokens,
+        )
+
+
+def plan_engine(settings: EngineSettings, spec: ModelSpec) -> tuple[DtypeChoice, MemoryPlan]:
+    """How the device's free memory is shared out; the same arithmetic as `edgekv plan`. Raises ContextTooLong."""
+    place = settings.place
+    if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
+        raise ContextTooLong(settings.context_tokens, spec.max_position_embeddings)
+    choice = (
+        DtypeChoice(settings.dtype, "as configured")
+        if settings.dtype is not None
+        else choose_dtype(spec.dtype, spec.num_parameters, place.kind)
+    )
+    memory = plan_memory(
+        spec,
+        device=place.kind,
+        total_bytes=place.free_bytes,
+        dtype=choice.name,
+        kv_dtype=settings.kv_dtype or choice.name,
+        block_size=settings.block_size,
+        context_tokens=settings.context_tokens or spec.max_position_embeddings,
+        max_sequences=settings.max_sequences,
+        max_step_tokens=settings.max_step_tokens,
+        kv_budget=settings.kv_budget,
+    )
+    return choice, memory
+
+
+class ContextTooLong(EdgeKVError):
+    """A context was asked for that goes beyond the positions the model was made for."""
+
+    def __init__(self, context_tokens: int, model_tokens: int) -> None:
+        super().__init__(
+            f"A context of {context_tokens:,} tokens is more than the model's {model_tokens:,} "
+            "(max_position_embeddings in its config.json). Ask for less, or for 'auto'."
+        )
+        self.context_tokens, self.model_tokens = context_tokens, model_tokens
+
+
+class NoRoomForKV(EdgeKVError):
+    """Not one block of the KV pool fits."""
+
+    def __init__(self, memory: MemoryPlan) -> None:
+        block = f"one block of {memory.kv.block_size} tokens takes {memory.kv.block_bytes:,} bytes"
+        if memory.missing_bytes:
+            super().__init__(
+                f"The model leaves no room for its KV cache: {memory.missing_bytes:,} bytes are missing, and {block}. "
+                "See where they go with: edgekv plan MODEL"
+            )
+        else:
+            super().__init__(f"The KV budget holds no block: {block}. Raise kv.budget.")
+        self.missing_bytes, self.block_bytes = memory.missing_bytes, memory.kv.block_bytes
+
+
+def lease(memory: MemoryPlan) -> Ledger:
+    """A ledger with every part of the plan on it, the KV pool by segment.
+
+    Raises OverBudget or NoRoomForKV where the plan does not hold.
+    """
+    if memory.kv.num_blocks == 0:
+        raise NoRoomForKV(memory)
+    ledger = Ledger(memory.total_bytes - memory.headroom_bytes)
+    ledger.reserve("weights", memory.weight_bytes)
+    ledger.reserve("workspace", memory.workspace_bytes)
+    whole_pool = ledger.reserve(KV_LEASE, memory.kv.pool_bytes)
+    ledger.release(whole_pool)
+    for num_blocks in memory.kv.segments:
+        ledger.reserve(KV_LEASE, num_blocks * memory.kv.block_bytes)
+    return ledger

@@ -1,0 +1,111 @@
+"""A real engine over a real model folder, turned by hand, with freed blocks poisoned and every invariant checked."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgekv.core.block_pool import BlockPool, BlockState
+from edgekv.core.kv_cache import KVCache
+from edgekv.core.ledger import Ledger
+from edgekv.core.prefix_cache import PrefixCache
+from edgekv.core.sampling import SamplingParams
+from edgekv.core.scheduler import Limits, Scheduler
+from edgekv.core.sequence import SequenceSpec
+from edgekv.core.step import StepPlan
+from edgekv.engine.core import EngineCore
+from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.runner import Runner
+from edgekv.engine.sampler import Sampler
+from edgekv.engine.segments import Segments
+from edgekv.model.causal_lm import CausalLM
+from edgekv.model.loader import load_model
+
+CPU = torch.device("cpu")
+
+
+class EngineHarness:
+    """A pool of `blocks` in segments of at most `segment_blocks`, and whatever was submitted to it."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        blocks: int = 128,
+        segment_blocks: int = 128,
+        block_size: int = 16,
+        limits: Limits | None = None,
+        prefix: bool = True,
+    ) -> None:
+        self.memory = KVPool(
+            model.spec, dtype=torch.float32, device=CPU, block_size=block_size, segment_blocks=segment_blocks
+        )
+        pool = BlockPool(block_size=block_size, segment_blocks=segment_blocks)
+        self.ledger = Ledger(blocks * self.memory.block_bytes)
+        self.segments = Segments(pool, self.memory, self.ledger)
+        for first in range(0, blocks, segment_blocks):
+            size = min(segment_blocks, blocks - first)
+            self.segments.add(size, self.ledger.reserve("kv.target", size * self.memory.block_bytes))
+        self.cache = KVCache(pool, PrefixCache(block_size) if prefix else None)
+        self.scheduler = Scheduler(self.cache, limits or Limits())
+        vocab = model.spec.vocab_size
+        self._runner = Runner(model, self.memory)
+        self.core = EngineCore(self.scheduler, self, Sampler(vocab, CPU), vocab, self.segments)
+        self.outputs: dict[int, list[int]] = {}
+        self.cached: dict[int, int] = {}
+        self.logits: list[Tensor] = []
+        self._poisoned: set[int] = set()
+        self._ids = 0
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """The runner's, noted down row by row."""
+        logits = self._runner.forward(plan)
+        self.logits.extend(logits.clone())
+        return logits
+
+    def submit(self, prompt: list[int], max_tokens: int = 64, *, salt: bytes = b"", seed: int | None = None) -> int:
+        self._ids += 1
+        temperature = 0.0 if seed is None else 0.8
+        sampling = SamplingParams(max_tokens, seed=seed or 0, temperature=temperature)
+        self.core.submit(SequenceSpec(self._ids, tuple(prompt), sampling, salt=salt))
+        return self._ids
+
+    def step(self) -> None:
+        report = self.core.step()
+        for started in report.started:
+            self.cached[started.sequence_id] = started.cached_tokens
+        for token in report.tokens:
+            self.outputs.setdefault(token.sequence_id, []).append(token.sampled.token_id)
+        for finished in report.finished:
+            assert finished.reason in ("stop", "length"), finished
+        self.scheduler.check_integrity()
+        self._poison_free_blocks()
+
+    def shrink(self, num_bytes: int) -> int:
+        """Between steps; what was moved must not be read where it was."""
+        given_back = self.segments.shrink(self.scheduler, num_bytes)
+        self.scheduler.check_integrity()
+        self._poison_free_blocks()
+        return given_back
+
+    def _poison_free_blocks(self) -> None:
+        free = {block for block in self.block_ids() if self.cache.pool.state(block) is BlockState.FREE}
+        self.memory.poison(free - self._poisoned)
+        self._poisoned = free
+
+    def block_ids(self) -> list[int]:
+        shift = self.cache.pool.segment_blocks.bit_length() - 1
+        return [s << shift | slot for s, size in self.memory.segments.items() for slot in range(size)]
+
+    def run(self) -> dict[int, list[int]]:
+        while self.core.busy:
+            self.step()
+        return self.outputs
+
+    def generate(self, prompt: list[int], max_tokens: int = 64, *, seed: int | None = None) -> list[int]:
+        number = self.submit(prompt, max_tokens, seed=seed)
+        return self.run()[number]
+
+
+def load(folder: Path) -> CausalLM:
+    return load_model(folder, dtype=torch.float32, device=CPU)

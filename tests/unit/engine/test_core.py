@@ -1,0 +1,258 @@
+"""One step: plan, forward, sample, report; and what a fault in it costs."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgekv.core.block_pool import BlockPool
+from edgekv.core.kv_cache import KVCache
+from edgekv.core.prefix_cache import PrefixCache
+from edgekv.core.sampling import SamplingParams
+from edgekv.core.scheduler import Limits, Scheduler
+from edgekv.core.sequence import FinishReason, SequenceSpec
+from edgekv.core.step import StepPlan, StepReport
+from edgekv.engine.core import EngineCore
+from edgekv.engine.sampler import Sampler
+
+VOCAB = 11
+Fault = Callable[[StepPlan], None]
+
+
+class CountingRunner:
+    """A model that says one more than the last token; `fault` may raise or spoil a step."""
+
+    def __init__(self) -> None:
+        self.fault: Fault | None = None
+        self.nan_sequences: set[int] = set()
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        if self.fault is not None:
+            self.fault(plan)
+        sampling = [chunk for chunk in plan.chunks if chunk.samples]
+        logits = torch.zeros(len(sampling), VOCAB)
+        for row, chunk in enumerate(sampling):
+            logits[row, (chunk.sequence.tokens[-1] + 1) % VOCAB] = 9.0
+            if chunk.sequence.id in self.nan_sequences:
+                logits[row, 0] = float("nan")
+        return logits
+
+
+class Harness:
+    """A core, and all that it has reported."""
+
+    def __init__(self, blocks: int = 16, limits: Limits | None = None) -> None:
+        pool = BlockPool(block_size=4, segment_blocks=16)
+        pool.add_segment(blocks)
+        self.runner = CountingRunner()
+        self.scheduler = Scheduler(KVCache(pool, PrefixCache(4)), limits or Limits())
+        self.core = EngineCore(self.scheduler, self.runner, Sampler(VOCAB, torch.device("cpu")), VOCAB)
+        self.outputs: dict[int, list[int]] = {}
+        self.reasons: dict[int, FinishReason] = {}
+        self.details: dict[int, str] = {}
+
+    def submit(self, number: int, prompt: tuple[int, ...] = (1, 2, 3), **params: object) -> None:
+        sampling = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **params})  # type: ignore[arg-type]
+        self.core.submit(SequenceSpec(number, prompt, sampling))
+
+    def step(self) -> StepReport:
+        report = self.core.step()
+        self.scheduler.check_integrity()
+        for token in report.tokens:
+            self.outputs.setdefault(token.sequence_id, []).append(token.sampled.token_id)
+        for finished in report.finished:
+            assert finished.sequence_id not in self.reasons, "a sequence ended twice"
+            self.reasons[finished.sequence_id] = finished.reason
+            self.details[finished.sequence_id] = finished.detail
+        return report
+
+    def run(self) -> None:
+        for _ in range(200):
+            if not self.core.busy:
+                return
+            self.step()
+        pytest.fail("no end")
+
+
+def out_of_memory(_: StepPlan) -> None:
+    raise torch.OutOfMemoryError("the card is full")
+
+
+def test_a_sequence_ends_at_max_tokens() -> None:
+    harness = Harness()
+    harness.submit(1)
+    harness.run()
+    assert harness.outputs == {1: [4, 5, 6, 7]}
+    assert harness.reasons == {1: FinishReason.LENGTH}
+
+
+def test_a_stop_token_ends_a_sequence_and_is_marked() -> None:
+    harness = Harness()
+    harness.submit(1, stop_token_ids=frozenset({6}))
+    harness.step()
+    harness.step()
+    report = harness.step()
+    assert [(t.sampled.token_id, t.is_stop) for t in report.tokens] == [(6, True)]
+    assert harness.reasons == {1: FinishReason.STOP}
+
+
+def test_a_stop_token_does_not_count_before_min_tokens() -> None:
+    harness = Harness()
+    harness.submit(1, stop_token_ids=frozenset({4}), min_tokens=2, max_tokens=5)
+    harness.run()
+    assert len(harness.outputs[1]) == 5
+    assert 4 not in harness.outputs[1][:2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ((1, VOCAB), {}, "outside the vocabulary"),
+        ((-1,), {}, "outside the vocabulary"),
+        ((), {}, "empty prompt"),
+        ((1,), {"max_tokens": 0}, "max_tokens is 0"),
+        ((1,), {"max_tokens": 10_000}, "never fit"),
+        ((1,), {"temperature": float("nan")}, "temperature"),
+        ((1,), {"logit_bias": ((VOCAB, 1.0),)}, "logit_bias"),
+    ],
+)
+def test_a_sequence_that_cannot_run_is_reported_and_hurts_nobody(
+    prompt: tuple[int, ...], params: dict[str, object], message: str
+) -> None:
+    harness = Harness()
+    harness.submit(1)
+    harness.submit(2, prompt, **params)
+    harness.run()
+    assert harness.reasons == {1: FinishReason.LENGTH, 2: FinishReason.ERROR}
+    assert message in harness.details[2]
+    assert harness.outputs == {1: [4, 5, 6, 7]}
+
+
+@pytest.mark.parametrize("failing_step", range(5))
+def test_out_of_memory_in_any_step_with_company_costs_only_time(failing_step: int) -> None:
+    harness = Harness()
+    prompts = {1: (1, 2, 3), 2: (1, 2, 3, 4, 5, 6), 3: (1, 2, 3, 4, 5, 9)}
+    for number, prompt in prompts.items():
+        harness.submit(number, prompt)
+    harness.submit(4, max_tokens=20)  # so that nobody is ever alone
+    for step in range(30):
+        harness.runner.fault = out_of_memory if step == failing_step else None
+        if harness.core.busy:
+            harness.step()
+    for number, prompt in prompts.items():
+        assert harness.outputs[number] == [(prompt[-1] + 1 + i) % VOCAB for i in range(4)]
+    assert set(harness.reasons.values()) == {FinishReason.LENGTH}
+
+
+def test_a_sequence_that_runs_out_of_memory_alone_ends_and_the_next_one_runs() -> None:
+    harness = Harness()
+
+    def too_long(plan: StepPlan) -> None:
+        if any(chunk.sequence.id == 2 for chunk in plan.chunks):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    harness.runner.fault = too_long
+    for number in (1, 2, 3):
+        harness.submit(number)
+    harness.run()
+    assert harness.reasons[2] is FinishReason.OUT_OF_MEMORY
+    assert harness.reasons[1] is harness.reasons[3] is FinishReason.LENGTH
+    assert harness.scheduler.cache.pool.active_blocks == 0
+
+
+class GivesBackTwice:
+    """A pool with two segments to spare."""
+
+    num_bytes = 1000
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def shrink(self, _: Scheduler, num_bytes: int) -> int:
+        self.asked.append(num_bytes)
+        return 100 if len(self.asked) <= 2 else 0
+
+
+def test_a_sequence_alone_is_tried_again_with_a_smaller_pool() -> None:
+    harness = Harness()
+    pool = GivesBackTwice()
+    harness.core.pool = pool
+    harness.submit(1)
+
+    def too_full(_: StepPlan) -> None:
+        if len(pool.asked) < 2:
+            raise torch.OutOfMemoryError("the card is full")
+
+    harness.runner.fault = too_full
+    harness.run()
+    assert pool.asked == [100, 100], "a tenth each time"
+    assert harness.outputs == {1: [4, 5, 6, 7]}
+    harness.runner.fault = out_of_memory
+    harness.submit(2)
+    harness.run()
+    assert harness.reasons[2] is FinishReason.OUT_OF_MEMORY, "nothing was left to give back"
+
+
+def test_any_other_error_of_a_step_is_not_swallowed() -> None:
+    harness = Harness()
+
+    def broken(_: StepPlan) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    harness.runner.fault = broken
+    harness.submit(1)
+    with pytest.raises(RuntimeError, match="shapes"):
+        harness.step()
+
+
+def test_logits_that_are_not_finite_end_their_sequence_only_and_nothing_of_it_is_reused() -> None:
+    harness = Harness()
+    harness.runner.nan_sequences = {2}
+    harness.submit(1, (1, 2, 3, 4, 5))
+    harness.submit(2, (7, 7, 7, 7, 7, 7, 7, 7, 7))
+    harness.run()
+    assert harness.reasons == {1: FinishReason.LENGTH, 2: FinishReason.ERROR}
+    assert harness.outputs == {1: [6, 7, 8, 9]}
+    harness.runner.nan_sequences = set()
+    harness.submit(3, (7, 7, 7, 7, 7, 7, 7, 7, 7))
+    report = harness.step()
+    assert report.started[0].cached_tokens == 0
+
+
+def test_what_several_spoilt_sequences_share_is_not_reused_either() -> None:
+    harness = Harness()
+    for number in (1, 2):
+        harness.submit(number, (7,) * 9)
+    harness.step()
+    harness.step()
+    assert harness.scheduler.num_running == 2
+    harness.runner.nan_sequences = {1, 2}
+    harness.run()
+    assert harness.reasons == {1: FinishReason.ERROR, 2: FinishReason.ERROR}
+    harness.submit(3, (7,) * 9)
+    assert harness.step().started[0].cached_tokens == 0
+
+
+def test_an_abort_frees_the_blocks_at_once() -> None:
+    harness = Harness()
+    harness.submit(1, max_tokens=20)
+    harness.step()
+    harness.core.abort(1)
+    assert harness.core.stats().pool.active_blocks == 0
+    assert harness.core.busy, "there is news for whoever counts blocks"
+    assert harness.step().stats.running == 0
+    harness.core.abort(1)
+    assert not harness.core.busy
+
+
+def test_stats_count_what_happened() -> None:
+    harness = Harness()
+    harness.submit(1, (1, 2, 3, 4, 5, 6, 7, 8, 9))
+    harness.run()
+    harness.submit(2, (1, 2, 3, 4, 5, 6, 7, 8, 1))
+    harness.run()
+    stats = harness.core.stats()
+    assert (stats.prompt_tokens, stats.cached_prompt_tokens, stats.computed_prompt_tokens) == (18, 8, 10)
+    assert stats.generated_tokens == 8
+    assert stats.misses == {"cold": 1}
