@@ -1,0 +1,1 @@
+"""The `edgekv` command, one module for each of its commands."""

@@ -1,0 +1,153 @@
+"""`edgekv doctor`: what is here, what is missing, and how to fix it. Runs in: the main thread; owns: nothing."""
+
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from edgekv.cli.console import print_json, stdout, table
+from edgekv.config.units import GIB, format_size
+
+if TYPE_CHECKING:
+    from edgekv.smi.cards import Survey
+    from edgekv.smi.torch_build import TorchBuild
+
+Verdict = Literal["ok", "warn", "fail"]
+
+PORT = 8181
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `fix` is empty where nothing has to be done."""
+
+    verdict: Verdict
+    subject: str
+    found: str
+    fix: str = ""
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON.")) -> None:
+    """Look at Python, torch, processor, memory, cards, port and demo model; say how to fix what is wrong."""
+    findings = list(examine())
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        _print(findings)
+    if any(finding.verdict == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """Everything there is to look at, in order."""
+    from edgekv.smi.cards import survey_amd, survey_nvidia
+    from edgekv.smi.torch_build import read_torch_build
+
+    build = read_torch_build()
+    yield _python()
+    yield _torch(build)
+    yield from _host()
+    for survey in (survey_nvidia(), survey_amd()):
+        yield from _cards(survey, build)
+    yield _port("127.0.0.1", PORT)
+    yield _demo()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("ok", "Python", f"{version} in {sys.prefix}")
+
+
+def _torch(build: "TorchBuild | None") -> Finding:
+    if build is None:
+        return Finding("fail", "torch", "not installed", "pip install edgekv brings it; or: pip install torch")
+    kind = f"CUDA {build.cuda}" if build.cuda else f"ROCm {build.hip}" if build.hip else "CPU build"
+    return Finding("ok", "torch", f"{build.version} ({kind})")
+
+
+def _host() -> Iterator[Finding]:
+    from edgekv.smi.host import read_memory, read_processor
+
+    processor = read_processor()
+    features = ", ".join(processor.features) or "no vector extensions known"
+    yield Finding("ok", "processor", f"{processor.name}, {processor.cores} cores, {features}")
+    memory = read_memory()
+    found = f"{format_size(memory.available_bytes)} free of {format_size(memory.total_bytes)}"
+    if memory.available_bytes < GIB:
+        yield Finding("warn", "memory", found, "close other programs: the demo model alone wants about 1 GiB")
+    else:
+        yield Finding("ok", "memory", found)
+
+
+def _cards(survey: "Survey", build: "TorchBuild | None") -> Iterator[Finding]:
+    subject = "NVIDIA cards" if survey.vendor == "nvidia" else "AMD cards"
+    if survey.problem is not None:
+        if survey.absent:
+            yield Finding("ok", subject, f"none ({survey.problem})")
+        else:
+            yield Finding("warn", subject, survey.problem, "reinstall the driver, or the Python binding of its version")
+        return
+    if not survey.cards:
+        yield Finding("ok", subject, "none")
+    drives = build is not None and (build.cuda if survey.vendor == "nvidia" else build.hip) is not None
+    for card in survey.cards:
+        found = f"{format_size(card.free_bytes)} free of {format_size(card.total_bytes)}, driver {card.driver}"
+        if drives:
+            yield Finding("ok", card.name, found)
+        elif survey.vendor == "nvidia":
+            yield Finding("warn", card.name, f"{found}; torch has no CUDA", "install torch's CUDA build")
+        else:
+            yield Finding("warn", card.name, f"{found}; torch has no HIP", "install torch's ROCm build")
+
+
+def _port(host: str, port: int) -> Finding:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fix = f"stop what listens there, or: edgekv serve --port {port + 1}"
+            return Finding("warn", f"port {port}", f"taken ({error.strerror})", fix)
+    return Finding("ok", f"port {port}", "free")
+
+
+def _demo() -> Finding:
+    from edgekv.demo import target_path
+    from edgekv.errors import ModelError
+    from edgekv.model.hf_config import read_spec
+
+    folder = target_path()
+    if not (folder / "config.json").is_file():
+        return Finding("fail", "demo model", "missing", "reinstall edgekv, or in its repository: make demo-model")
+    try:
+        spec = read_spec(folder)
+    except ModelError as error:
+        return Finding("fail", "demo model", str(error), "reinstall edgekv, or in its repository: make demo-model")
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Finding("ok", "demo model", f"{spec.num_parameters / 1e6:.1f} M parameters, {format_size(weights)} on disk")
+
+
+def _print(findings: list[Finding]) -> None:
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    listing = table("", "", "")
+    for column in listing.columns:
+        column.justify, column.no_wrap = "left", False
+    listing.show_header = False
+    for finding in findings:
+        mark = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
+        listing.add_row(mark, finding.subject, finding.found + (f"\n→ {finding.fix}" if finding.fix else ""))
+    stdout().print(listing)
+    names = [name for name in ("edgekv", "trio", "hypercorn", "starlette") if _installed(name)]
+    stdout().print(", ".join(f"{name} {metadata.version(name)}" for name in names), style="dim")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,222 @@
+"""The running server under `edgekv serve`: wires engine, actors and HTTP together and tells the terminal how it goes.
+
+Runs in: the main thread (trio); owns: the progress bar.
+"""
+
+import os
+import time
+from collections.abc import MutableMapping
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TransferSpeedColumn
+from rich.text import Text
+
+from edgekv.actors.engine import EngineStatus, Phase
+from edgekv.actors.latest import Latest
+from edgekv.actors.root import HTTP_GRACE_S, Exit, run_server
+from edgekv.actors.service import ModelCard, Service
+from edgekv.cli.console import stderr, stdout, table
+from edgekv.cli.logs import configure_logging
+from edgekv.config.units import format_size
+from edgekv.http.server import serve_http
+from edgekv.http.settings import ApiKey, HttpSettings
+
+if TYPE_CHECKING:
+    from edgekv.config.settings import Config
+    from edgekv.engine.assemble import Assembly
+    from edgekv.engine.core import EngineCore
+    from edgekv.engine.driver import Progress as Report
+    from edgekv.engine.settings import EngineSettings
+
+
+def run(config: "Config", name: str, aliases: tuple[str, ...], engine: "EngineSettings") -> int:
+    """Serve until told to stop; returns the exit code."""
+    configure_logging(config.logging.level, config.logging.format)
+    ended = trio.run(_Server(config, name, aliases, engine).serve)
+    if ended.reason:
+        stderr().print(f"[red]error:[/] {ended.reason}", markup=True, soft_wrap=True)
+    elif ended.code == 0:
+        stderr().print("edgekv has stopped")
+    return ended.code
+
+
+def http_settings(config: "Config") -> HttpSettings:
+    """The endpoint's part of the configuration."""
+    server = config.server
+    return HttpSettings(
+        host=server.host,
+        port=server.port,
+        api_keys=tuple(ApiKey(key.name, key.key.get_secret_value(), key.level) for key in server.api_keys),
+        allowed_hosts=server.allowed_hosts,
+        allowed_origins=server.allowed_origins,
+        max_body_bytes=server.max_body_bytes,
+        max_connections=server.max_connections,
+        body_timeout_s=server.body_timeout_s,
+        keep_alive_s=server.keep_alive_s,
+        stall_s=server.stall_s,
+        grace_s=HTTP_GRACE_S - 0.5,  # done before the root loses its patience
+    )
+
+
+def _spin_briefly(environ: MutableMapping[str, str]) -> None:
+    """Let torch's threads sleep soon when they wait for each other, unless the user has decided that.
+
+    By default libgomp's threads spin for milliseconds. When another program has one of the cores, each of a small
+    model's hundreds of parallel loops then waits out a time slice: answers were seen to take 20 to 40 times as long.
+    Read by libgomp when it is loaded, hence before torch is.
+    """
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+class _Server:
+    """One run of the server: what it was told to serve, and what the engine said it built."""
+
+    def __init__(self, config: "Config", name: str, aliases: tuple[str, ...], engine: "EngineSettings") -> None:
+        self._config, self._name, self._aliases, self._engine = config, name, aliases, engine
+        self._assembly: Assembly | None = None
+        self._urls: tuple[str, ...] = ()
+        self._started_at = time.monotonic()
+
+    async def serve(self) -> Exit:
+        return await run_server(
+            make_core=self._make_core,
+            serve_http=self._serve_http,
+            max_queue=self._config.server.max_queue,
+            grace_s=self._config.server.grace_s,
+            watch=self._watch,
+        )
+
+    def _make_core(self, progress: "Report") -> "tuple[EngineCore, ModelCard]":
+        """Runs on the engine's thread; torch is first imported here, while HTTP already answers."""
+        progress(0, 0, "starting torch")
+        _spin_briefly(os.environ)
+        from edgekv.engine.assemble import assemble
+
+        core, assembly = assemble(self._engine, progress)
+        self._assembly = assembly
+        return core, ModelCard(
+            name=self._name,
+            aliases=self._aliases,
+            created=int(time.time()),
+            context_tokens=assembly.memory.context_tokens,
+            model_context_tokens=assembly.spec.max_position_embeddings,
+            pool_tokens=assembly.pool_tokens,
+            block_size=assembly.memory.kv.block_size,
+            tokenizer=assembly.tokenizer,
+            chat_template=assembly.chat_template,
+            generation=assembly.generation,
+        )
+
+    async def _serve_http(self, service: Service, *, listening: trio.Event, shutdown: trio.Event) -> None:
+        settings = http_settings(self._config)
+        async with trio.open_nursery() as nursery:
+            self._urls = await nursery.start(partial(serve_http, service, settings, stop=shutdown))
+            listening.set()
+
+    async def _watch(self, statuses: Latest[EngineStatus]) -> None:
+        """Follow the engine: a progress bar while it loads, a summary once it serves, a line for anything else."""
+        told = False
+        with _LoadBar() as bar:
+            async for status in statuses.watch():
+                if status.phase is Phase.LOADING and status.progress is not None:
+                    bar.show(status.progress.done_bytes, status.progress.total_bytes, status.progress.stage)
+                elif status.phase is Phase.SERVING and self._assembly is not None:
+                    bar.close()
+                    if not told:
+                        self._tell(self._assembly)
+                    told = True
+
+    def _tell(self, assembly: "Assembly") -> None:
+        console, memory, url = stdout(), assembly.memory, self._urls[0]
+        place = assembly.place
+        title = f"{self._name}: {assembly.spec.architecture}, {assembly.spec.num_parameters / 1e6:,.1f} M parameters"
+        console.print(f"[bold]{title}[/], {memory.dtype} on {place.title} ({assembly.dtype.reason})", soft_wrap=True)
+        if place.note:
+            console.print(f"[yellow]{place.note}[/]", soft_wrap=True)
+        shares = table("memory", "bytes", "")
+        for label, num_bytes in assembly.leases.items():
+            shares.add_row(label, f"{num_bytes:,}", format_size(num_bytes))
+        shares.add_row("headroom", f"{memory.headroom_bytes:,}", format_size(memory.headroom_bytes))
+        shares.add_row("unused", f"{memory.free_bytes:,}", format_size(memory.free_bytes))
+        console.print(shares)
+        for line in memory.kv.capacity_lines(memory.context_tokens):
+            console.print(line)
+        if assembly.pool_tokens < memory.context_tokens:
+            console.print(
+                f"[yellow]one request can have {assembly.pool_tokens:,} tokens, not the model's "
+                f"{memory.context_tokens:,}: the KV pool is smaller. Set kv.budget to change that.[/]",
+                soft_wrap=True,
+            )
+        key = " -H 'Authorization: Bearer …'" if self._config.server.api_keys else ""
+        body = f'{{"model": "{self._name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        console.print(
+            f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+            soft_wrap=True,
+            markup=False,
+        )
+        elapsed = time.monotonic() - self._started_at
+        console.print(f"[green]edgekv is ready:[/] {url}/v1  ({elapsed:.1f} s)", soft_wrap=True)
+        with suppress(OSError):
+            console.file.flush()
+
+
+class _Bytes(DownloadColumn):
+    """How many bytes of how many; nothing for a stage that has none."""
+
+    def __init__(self) -> None:
+        super().__init__(binary_units=True)
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text()
+
+
+class _Rate(TransferSpeedColumn):
+    """Bytes per second; nothing for a stage that has none."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text()
+
+
+class _LoadBar:
+    """A progress bar on a terminal; a line for each stage elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+
+    def __enter__(self) -> "_LoadBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def show(self, done_bytes: int, total_bytes: int, stage: str) -> None:
+        """Show the stage, how far it is, and how fast."""
+        if not self._console.is_terminal:
+            if stage != self._stage:
+                size = f" ({format_size(total_bytes)})" if total_bytes else ""
+                self._console.print(f"loading: {stage}{size}", soft_wrap=True)
+            self._stage = stage
+            return
+        if self._progress is None:
+            columns = (TextColumn("{task.description:>15}"), BarColumn(), _Bytes(), _Rate())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.start()
+        if stage != self._stage or self._task is None:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(stage, total=total_bytes or None)
+            self._stage = stage
+        self._progress.update(self._task, completed=done_bytes, total=total_bytes or None)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None

@@ -1,0 +1,69 @@
+"""`edgekv serve`: load a model and serve it until told to stop. Runs in: the main thread; owns: the terminal."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edgekv.cli.console import stderr
+from edgekv.cli.models import DEMO, resolve_model
+from edgekv.demo import target_path
+
+if TYPE_CHECKING:
+    from edgekv.config.settings import Config
+    from edgekv.engine.settings import EngineSettings
+
+
+def serve(
+    config: Path | None = typer.Argument(None, help="The configuration file; without one, the demo model."),
+    settings: list[str] = typer.Option([], "--set", metavar="PATH=VALUE", help="Override a setting: server.port=9000."),
+    host: str | None = typer.Option(None, help="Where to listen, instead of the configuration's."),
+    port: int | None = typer.Option(None, min=0, max=65535, help="Port to listen on; 0 takes any free one."),
+    model: str | None = typer.Option(None, help="A model folder, or 'demo', instead of the configuration's."),
+) -> None:
+    """Serve a model over the OpenAI protocol until Ctrl-C."""
+    from edgekv.config.load import load_config
+    from edgekv.engine.settings import lease, plan_engine
+    from edgekv.model.hf_config import read_spec
+
+    overrides = list(settings)
+    if host is not None:
+        overrides.append(f"server.host={host}")
+    if port is not None:
+        overrides.append(f"server.port={port}")
+    warnings: list[str] = []
+    loaded = load_config(config, overrides, os.environ, warn=warnings.append, check_files=model is None)
+    for warning in warnings:
+        stderr().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    name, aliases, engine = served_model(loaded, model)
+    lease(plan_engine(engine, read_spec(engine.folder))[1])
+
+    from edgekv.cli.running import run
+
+    code = run(loaded, name, aliases, engine)
+    if code:
+        sys.exit(code)
+
+
+def served_model(config: "Config", model: str | None) -> tuple[str, tuple[str, ...], "EngineSettings"]:
+    """The one model to serve: `model` if given, else the configuration's, else the demo model.
+
+    Returns its name, its aliases and what to build. Raises ModelError or ConfigError.
+    """
+    from edgekv.config.settings import Model
+    from edgekv.engine.settings import EngineSettings
+    from edgekv.smi.device import choose_place
+
+    if model is not None:
+        folder = resolve_model(model)
+        name = DEMO if folder == target_path() else folder.absolute().name
+        chosen = Model.model_construct(path=folder, aliases=())
+    elif config.models:
+        name, chosen = next(iter(config.models.items()))
+    else:
+        name, chosen = DEMO, Model.model_construct(path=resolve_model(DEMO), aliases=())
+    devices = {label: device.match for label, device in config.devices.items()}
+    place = choose_place(chosen.device, devices)
+    return name, chosen.aliases, EngineSettings.from_config(config, chosen, place)

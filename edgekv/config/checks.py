@@ -1,0 +1,126 @@
+"""What makes sense only across fields, and what this version cannot do yet. Runs in: anywhere; owns: nothing."""
+
+import difflib
+import ipaddress
+from collections.abc import Iterable
+
+from edgekv.config.document import Document, Fault, Path, Value
+from edgekv.config.settings import Config
+
+NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
+    ("priorities",),
+    ("devices", "*", "vram_budget"),
+    ("devices", "*", "desktop_reserve"),
+    ("kv", "tier"),
+    ("logging", "prompts"),
+    ("models", "*", "draft"),
+    ("models", "*", "pinned_prompts"),
+)
+NOT_YET_VALUES: tuple[tuple[tuple[str, ...], frozenset[str]], ...] = (
+    (("kv", "dtype"), frozenset({"fp8", "int8", "int4"})),
+    (("models", "*", "kv", "dtype"), frozenset({"fp8", "int8", "int4"})),
+    (("models", "*", "load"), frozenset({"on-demand"})),
+)
+
+
+def take_out_unavailable(document: Document) -> None:
+    """Refuse, by name, the settings of the design that do not work yet; each leaves the data."""
+    for pattern in NOT_YET_FIELDS:
+        for path, parent in _matches(document.data, pattern):
+            del parent[str(path[-1])]
+            _not_yet(document, path, "")
+    for pattern, values in NOT_YET_VALUES:
+        for path, parent in _matches(document.data, pattern):
+            value = parent[str(path[-1])]
+            if isinstance(value, str) and value in values:
+                del parent[str(path[-1])]
+                _not_yet(document, path, f"{value!r} is ")
+    models = document.data.get("models")
+    if isinstance(models, dict) and len(models) > 1:
+        for name in list(models)[1:]:
+            del models[name]
+            _not_yet(document, ("models", name), "a second model is ")
+
+
+def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> Iterable[tuple[Path, str]]:
+    """Faults between fields that are each fine alone; `files` also looks whether the model folders exist.
+
+    `config` may lack what is faulty; `written` still holds it, so that nothing is called missing that is only wrong.
+    """
+    yield from _server(config, written)
+    yield from _names(config)
+    named = written.get("devices")
+    devices = ["auto", "cpu", *(named if isinstance(named, dict) else ())]
+    for name, model in config.models.items():
+        if model.device not in devices:
+            hint = _did_you_mean(model.device, devices)
+            yield ("models", name, "device"), f"no device {model.device!r}: name one of {', '.join(devices)}{hint}"
+        if files and not (model.path / "config.json").is_file():
+            what = "no config.json in it" if model.path.is_dir() else "no such folder"
+            yield ("models", name, "path"), f"{model.path}: {what}; a model is a folder in Hugging Face's layout"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _server(config: Config, written: dict[str, Value]) -> Iterable[tuple[Path, str]]:
+    server = config.server
+    section = written.get("server")
+    if not is_loopback(server.host) and not (isinstance(section, dict) and section.get("api_keys")):
+        message = f"{server.host} can be reached from other machines: set server.api_keys, or use 127.0.0.1"
+        yield ("server", "host"), message
+    names: set[str] = set()
+    secrets: set[str] = set()
+    for index, key in enumerate(server.api_keys):
+        if key.name in names:
+            yield ("server", "api_keys", index, "name"), f"{key.name!r} is the name of an earlier key"
+        if key.key.get_secret_value() in secrets:
+            yield ("server", "api_keys", index, "key"), "the same secret as an earlier key's"
+        names.add(key.name)
+        secrets.add(key.key.get_secret_value())
+
+
+def _names(config: Config) -> Iterable[tuple[Path, str]]:
+    owner = {name: name for name in config.models}
+    for name in config.devices:
+        if name in ("auto", "cpu"):
+            yield ("devices", name), f"{name!r} has a meaning of its own: choose another name"
+    for name, model in config.models.items():
+        for index, alias in enumerate(model.aliases):
+            if alias in owner:
+                taken = "is a model's name" if owner[alias] == alias else f"is already an alias of {owner[alias]!r}"
+                yield ("models", name, "aliases", index), f"{alias!r} {taken}"
+            owner.setdefault(alias, name)
+
+
+def _matches(data: dict[str, Value], pattern: tuple[str, ...]) -> list[tuple[Path, dict[str, Value]]]:
+    found: list[tuple[Path, dict[str, Value]]] = [((), data)]
+    for depth, part in enumerate(pattern):
+        last = depth == len(pattern) - 1
+        deeper: list[tuple[Path, dict[str, Value]]] = []
+        for path, parent in found:
+            for name in list(parent) if part == "*" else [part] if part in parent else []:
+                value = parent[name]
+                if last:
+                    deeper.append(((*path, name), parent))
+                elif isinstance(value, dict):
+                    deeper.append(((*path, name), value))
+        found = deeper
+    return found
+
+
+def _not_yet(document: Document, path: Path, what: str) -> None:
+    message = f"{what}not available yet in this version"
+    document.faults.append(Fault(document.place_of(path, key=not what), path, message))
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,178 @@
+"""What a configuration may say, with every default. Runs in: anywhere; owns: nothing (frozen data).
+
+Names in the file carry their unit in the value (`stall: 30s`), names in code carry it themselves (`stall_s`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, WithJsonSchema
+
+from edgekv.config.units import MIB, Share, parse_duration, parse_size, parse_size_or_share
+
+
+def _expand_path(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"expected the path of a file or folder, not {value!r}")
+    base = (info.context or {}).get("base", Path.cwd())
+    return Path(base, Path(value).expanduser())
+
+
+def _budget(value: object) -> object:
+    return value if value == "auto" else parse_size_or_share(value)
+
+
+def _time(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds > 86_400:
+        raise ValueError(f"expected a duration of at most 24h, not {value!r}")
+    return seconds
+
+
+def _timeout(value: object) -> float:
+    seconds = _time(value)
+    if seconds < 0.001:
+        raise ValueError(f"expected a duration of at least 1ms, not {value!r}")
+    return seconds
+
+
+def _context(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= 1 << 24):
+        return value
+    raise ValueError(f"expected a number of tokens or 'auto', not {value!r}")
+
+
+def _block_size(value: object) -> object:
+    if type(value) is int and 8 <= value <= 256 and value & (value - 1) == 0:
+        return value
+    raise ValueError(f"expected a power of two between 8 and 256, not {value!r}")
+
+
+def _text_schema(description: str, pattern: str, **extra: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "description": description, **extra})
+
+
+_SIZE = r"^[0-9]+(\.[0-9]+)?\s*([KMGTkmgt]i?)?[Bb]$"
+Bytes = Annotated[int, BeforeValidator(parse_size), _text_schema("a size such as 768MiB", _SIZE)]
+Budget = Annotated[
+    Literal["auto"] | int | Share,
+    BeforeValidator(_budget),
+    _text_schema("auto, a size such as 4GiB, or a share of the memory such as 40%", rf"^auto$|%$|{_SIZE}"),
+]
+_DURATION = _text_schema("a duration such as 30s", r"^[0-9]+(\.[0-9]+)?\s*(ms|[smhd])$")
+Seconds = Annotated[float, BeforeValidator(_time), _DURATION]
+Timeout = Annotated[float, BeforeValidator(_timeout), _DURATION]  # 0 would cut everybody off
+FilePath = Annotated[Path, BeforeValidator(_expand_path), WithJsonSchema({"type": "string"})]
+ContextTokens = Annotated[
+    Literal["auto"] | int,
+    BeforeValidator(_context),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 1 << 24}]}),
+]
+BlockSize = Annotated[
+    int, BeforeValidator(_block_size), WithJsonSchema({"enum": [8, 16, 32, 64, 128, 256], "type": "integer"})
+]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PriorityName = Literal["interactive", "batch"]
+
+PRIORITY_LEVELS: dict[PriorityName, int] = {"interactive": 0, "batch": 10}
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: unknown keys are errors, values are never converted silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False, validate_by_name=False)
+
+
+class ApiKey(Section):
+    """One key that clients may present as a bearer token."""
+
+    name: str = Field(min_length=1, max_length=64, description="what logs and metrics call its holder")
+    key: SecretStr = Field(min_length=8, description="the secret; ${env:NAME} keeps it out of the file")
+    priority: PriorityName = Field("interactive", description="who goes first when memory is short")
+
+    @property
+    def level(self) -> int:
+        """The priority as the scheduler counts it: lower runs first."""
+        return PRIORITY_LEVELS[self.priority]
+
+
+class Server(Section):
+    """The listening side."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="beyond loopback api_keys are required")
+    port: int = Field(8181, ge=0, le=65535, description="0 takes any free port")
+    api_keys: tuple[ApiKey, ...] = Field((), strict=False, description="none: every local client may come in")
+    max_queue: int = Field(64, ge=0, le=100_000, description="requests waiting for memory; past it 429")
+    max_connections: int = Field(512, ge=1, le=65536, description="open connections; past it new ones are closed")
+    max_body_bytes: Bytes = Field(8 * MIB, alias="max_body", description="largest request body; past it 413")
+    body_timeout_s: Timeout = Field(30.0, alias="body_timeout", description="how long a body may take to arrive")
+    stall_s: Timeout = Field(30.0, alias="stall", description="a client that reads nothing for this long is cut off")
+    keep_alive_s: Seconds = Field(75.0, alias="keep_alive", description="how long an idle connection stays open")
+    grace_s: Seconds = Field(10.0, alias="grace", description="how long running requests get when the server stops")
+    allowed_hosts: tuple[str, ...] = Field((), strict=False, description="accepted Host names beside loopback's")
+    allowed_origins: tuple[str, ...] = Field((), strict=False, description="web origins whose pages may call")
+
+
+class DeviceMatch(Section):
+    """Which card is meant; every given field has to fit."""
+
+    vendor: Literal["cpu", "nvidia", "amd"]
+    name: str | None = Field(None, min_length=1, description="part of the card's name")
+    index: int | None = Field(None, ge=0, le=64, description="its number among those that fit")
+
+
+class Device(Section):
+    """A card (or the CPU) under a name of its own."""
+
+    match: DeviceMatch
+
+
+class KVDefaults(Section):
+    """The KV cache of every model, unless the model says otherwise."""
+
+    dtype: Dtype = Field("auto", description="auto: what the model computes in")
+    block_size: BlockSize = Field(16, description="tokens in one block")
+    budget: Budget = Field("auto", description="memory of the KV pool")
+    prefix_cache: bool = Field(True, description="keep computed prefixes for later requests")
+    on_full: Literal["queue"] = Field("queue", description="a request that fits later waits")
+    spill: Literal["never"] = Field("never", description="there is no other value")
+
+
+class ModelKV(Section):
+    """The KV cache of one model; what is left out comes from the top-level `kv`."""
+
+    dtype: Dtype | None = None
+    budget: Budget | None = None
+
+
+class Model(Section):
+    """One model folder and how to serve it."""
+
+    path: FilePath = Field(description="a folder in Hugging Face's layout")
+    aliases: tuple[str, ...] = Field((), strict=False, description="other names clients may ask for")
+    device: str = Field("auto", min_length=1, description="auto, cpu, or a name from devices")
+    context: ContextTokens = Field("auto", description="longest prompt plus answer in tokens; auto: the model's own")
+    dtype: Dtype = Field("auto", description="what the weights are computed in")
+    kv: ModelKV = Field(default_factory=ModelKV)
+    max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
+    max_step_tokens: int = Field(512, ge=16, le=65536, description="tokens in one step; longer prompts come in chunks")
+    load: Literal["startup"] = "startup"
+    ttl: Literal["never"] = "never"
+
+
+class Logging(Section):
+    """What the server writes about itself, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else json")
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    version: Literal[1] = 1
+    server: Server = Field(default_factory=Server)
+    devices: dict[str, Device] = Field(default_factory=dict)
+    kv: KVDefaults = Field(default_factory=KVDefaults)
+    models: dict[str, Model] = Field(default_factory=dict, description="none: the bundled demo model")
+    logging: Logging = Field(default_factory=Logging)

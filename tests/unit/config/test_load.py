@@ -1,0 +1,235 @@
+"""Configuration files, the environment and the command line: what they mean and every fault at once."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import edgekv
+from edgekv.config.load import json_schema, load_config
+from edgekv.config.settings import Config
+from edgekv.config.units import GIB, MIB, Share
+from edgekv.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return tmp_path / "config.yaml"
+
+
+def load(file: Path, text: str, overrides: list[str] | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    file.write_text(text)
+    return load_config(file, overrides or [], environ or {})
+
+
+def faults(
+    file: Path, text: str, overrides: list[str] | None = None, environ: Mapping[str, str] | None = None
+) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(file, text, overrides, environ)
+    return [fault.removeprefix(f"{file.parent}/") for fault in caught.value.faults]
+
+
+def test_without_a_file_everything_has_its_default() -> None:
+    config = load_config(None)
+    assert (config.server.host, config.server.port, config.models) == ("127.0.0.1", 8181, {})
+    assert config == Config()
+
+
+def test_a_whole_file_is_understood(file: Path) -> None:
+    config = load(
+        file,
+        """
+version: 1
+server:
+  port: 9000
+  api_keys: [{name: laptop, key: "${env:KEY}", priority: batch}]
+  stall: 250ms
+  max_body: 2MiB
+devices: {big: {match: {vendor: nvidia, name: RTX}}}
+kv: {budget: 40%, block_size: 32}
+models:
+  small:
+    path: model
+    aliases: [default]
+    device: big
+    context: 4096
+    kv: {budget: 1.5GiB, dtype: bfloat16}
+""",
+        environ={"KEY": "a long secret"},
+    )
+    model = config.models["small"]
+    assert model.path == file.parent / "model"
+    assert (model.aliases, model.context, model.kv.budget) == (("default",), 4096, int(1.5 * GIB))
+    assert (config.server.stall_s, config.server.max_body_bytes) == (0.25, 2 * MIB)
+    assert config.kv.budget == Share(0.4)
+    key = config.server.api_keys[0]
+    assert (key.key.get_secret_value(), key.level) == ("a long secret", 10)
+    assert "a long secret" not in repr(config)
+
+
+def test_an_unknown_key_is_named_with_its_place_and_a_suggestion(file: Path) -> None:
+    text = "version: 1\nserver:\n  host: localhost\n  port: 1\n  max_queue: 3\n  prot: 2\n"
+    assert faults(file, text) == ["config.yaml:6:3: error: server.prot: unknown key 'prot'; did you mean 'port'?"]
+
+
+def test_all_faults_come_at_once_in_the_order_of_the_file(file: Path) -> None:
+    found = faults(
+        file,
+        """server:
+  port: 1_000
+  stall: 30
+  stall: 40s
+  api_keys:
+    - {name: a, key: abc}
+    - {name: b, key: "${env:NOPE}"}
+kv: {prefix_cache: no, block_size: 010, dtype: fp8}
+models:
+  m:
+    path: nowhere
+    aliases: [m]
+    device: xx
+    draft: {path: z}
+logging: {level: inf}
+""",
+    )
+    assert found == [
+        "config.yaml:2:9: error: server.port: expected a whole number, not '1_000'",
+        "config.yaml:3:10: error: server.stall: expected a duration with its unit such as '5s' or '10m', not 30",
+        "config.yaml:4:3: error: server.stall: duplicate key: first given on line 3",
+        "config.yaml:6:22: error: server.api_keys[0].key: must have at least 8 characters",
+        "config.yaml:7:22: error: server.api_keys[1].key: the environment variable NOPE is not set",
+        "config.yaml:8:20: error: kv.prefix_cache: expected true or false, not 'no'",
+        "config.yaml:8:36: error: kv.block_size: expected a power of two between 8 and 256, not 10",
+        "config.yaml:8:48: error: kv.dtype: 'fp8' is not available yet in this version",
+        f"config.yaml:11:11: error: models.m.path: {file.parent}/nowhere: no such folder; "
+        "a model is a folder in Hugging Face's layout",
+        "config.yaml:12:15: error: models.m.aliases[0]: 'm' is a model's name",
+        "config.yaml:13:13: error: models.m.device: no device 'xx': name one of auto, cpu",
+        "config.yaml:14:5: error: models.m.draft: not available yet in this version",
+        "config.yaml:15:18: error: logging.level: expected 'debug', 'info', 'warning' or 'error', not 'inf'; "
+        "did you mean 'info'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("server: {host: 0.0.0.0}", "1:16: error: server.host: 0.0.0.0 can be reached from other machines"),
+        ("server: {host: 192.168.1.5}", "1:16: error: server.host: 192.168.1.5 can be reached"),
+        ("server: 5", "1:9: error: server: expected 'name: value' pairs, not 5"),
+        ("server:", "1:8: error: server: expected 'name: value' pairs, not nothing"),
+        ("server: {api_keys: x}", "1:20: error: server.api_keys: expected a list, not 'x'"),
+        ("server: {api_keys: [{name: a}]}", "1:21: error: server.api_keys[0].key: required, but not given"),
+        (
+            "server: {api_keys: [{name: a, key: 12345678x}, {name: a, key: 12345678x}]}",
+            "1:55: error: server.api_keys[1].name: 'a' is the name of an earlier key",
+        ),
+        ("server: {max_body: 8}", "1:20: error: server.max_body: expected a size with its unit"),
+        ("server: {stall: 0s}", "1:17: error: server.stall: expected a duration of at least 1ms, not '0s'"),
+        ("server: {body_timeout: 0ms}", "1:24: error: server.body_timeout: expected a duration of at least 1ms"),
+        ("server: {stall: 60d}", "1:17: error: server.stall: expected a duration of at most 24h, not '60d'"),
+        ("server: {grace: 25h}", "1:17: error: server.grace: expected a duration of at most 24h, not '25h'"),
+        ("server: {port: 70000}", "1:16: error: server.port: must be at most 65535, not 70000"),
+        ("models: {m: {}}", "1:10: error: models.m.path: required, but not given"),
+        ("models: {m: {path: .}}", "1:20: error: models.m.path: "),
+        ("models: {m: {path: model, context: -1}}", "1:36: error: models.m.context: expected a number of tokens"),
+        ("models: {m: {path: model, load: on-demand}}", "1:33: error: models.m.load: 'on-demand' is not available yet"),
+        ("models: {m: {path: model}, n: {path: model}}", "1:31: error: models.n: a second model is not available yet"),
+        ("priorities: {batch: {weight: 1}}", "1:1: error: priorities: not available yet in this version"),
+        ("devices: {d: {match: {vendor: amd}, vram_budget: 9%}}", "1:37: error: devices.d.vram_budget: not available"),
+        ("devices: {cpu: {match: {vendor: cpu}}}", "1:16: error: devices.cpu: 'cpu' has a meaning of its own"),
+        ("kv: {spill: always}", "1:13: error: kv.spill: expected 'never', not 'always'"),
+        ("kv: {budget: 200%}", "1:14: error: kv.budget: expected a percentage between 0% and 100%"),
+        ("version: 2", "1:10: error: version: expected 1, not 2"),
+        ("kv: {budget: '${home}'}", "1:14: error: kv.budget: '${home}' is not understood"),
+    ],
+)
+def test_each_fault_says_what_to_do(file: Path, text: str, fault: str) -> None:
+    found = faults(file, text)
+    assert any(line.startswith(f"config.yaml:{fault}") for line in found), found
+
+
+def test_a_secret_is_never_repeated(file: Path) -> None:
+    for key in ("123456789012", "[123456789012]", "{a: 123456789012}"):
+        for fault in faults(file, f"server: {{api_keys: [{{name: a, key: {key}}}]}}"):
+            assert "123456789012" not in fault
+
+
+def test_the_command_line_overrides_the_environment_overrides_the_file(file: Path) -> None:
+    text = "server: {port: 1, max_queue: 1, max_connections: 1}"
+    environ = {"EDGEKV_SERVER__PORT": "2", "EDGEKV_SERVER__MAX_QUEUE": "2"}
+    server = load(file, text, ["server.port=3"], environ).server
+    assert (server.port, server.max_queue, server.max_connections) == (3, 2, 1)
+
+
+def test_overrides_reach_into_models_by_any_spelling_of_their_names(file: Path) -> None:
+    text = "models: {Qwen2.5-Small: {path: model}}"
+    by_setting = load(file, text, ['models."Qwen2.5-Small".context=99', "kv.budget=50%"])
+    assert (by_setting.models["Qwen2.5-Small"].context, by_setting.kv.budget) == (99, Share(0.5))
+    by_variable = load(file, text, environ={"EDGEKV_MODELS__QWEN2_5_SMALL__ALIASES": "[a, b]"})
+    assert by_variable.models["Qwen2.5-Small"].aliases == ("a", "b")
+
+
+def test_a_faulty_override_is_named_as_it_was_given(file: Path) -> None:
+    found = faults(file, "", ["server.port=x y", "nonsense"], {"EDGEKV_SERVER__MAX_QUEUE": "x"})
+    assert "--set server.port: error: server.port: expected a whole number, not 'x y'" in found
+    assert "--set nonsense: error: expected path=value, as in server.port=9000" in found
+    assert "EDGEKV_SERVER__MAX_QUEUE: error: server.max_queue: expected a whole number, not 'x'" in found
+
+
+def test_a_variable_that_matches_nothing_is_a_warning(file: Path) -> None:
+    heard: list[str] = []
+    file.write_text('server: {api_keys: [{name: a, key: "${env:EDGEKV_KEY}"}]}')
+    environ = {"EDGEKV_SERVER__PROT": "1", "EDGEKV_KEY": "a long secret", "HOME": "/"}
+    load_config(file, [], environ, warn=heard.append)
+    assert len(heard) == 1
+    assert "EDGEKV_SERVER__PROT" in heard[0]
+    assert "did you mean EDGEKV_SERVER__PORT?" in heard[0]
+
+
+def test_an_unquoted_reference_is_read_as_yaml_and_a_quoted_one_is_text(file: Path) -> None:
+    environ = {"PORT": "77", "NAME": "12"}
+    assert load(file, "server:\n  port: ${env:PORT}\n", environ=environ).server.port == 77
+    assert "server.port: expected a whole number" in faults(file, 'server: {port: "${env:PORT}"}', environ=environ)[0]
+    hosts = load(file, 'server: {allowed_hosts: ["box-${env:NAME}"]}', environ=environ).server.allowed_hosts
+    assert hosts == ("box-12",)
+
+
+def test_what_is_no_text_or_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"a: 1\nb: \xff\n")
+    for name, fault in (
+        ("latin", "latin:2:1: error: not UTF-8 text"),
+        ("none", "none: error: cannot be read: No such"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / name)
+        assert fault in str(caught.value)
+
+
+def test_the_configuration_in_the_repository_is_valid_and_lists_every_default(file: Path) -> None:
+    shipped = REPOSITORY / "config.yaml"
+    assert load_config(shipped) == Config()
+    text = shipped.read_text()
+    for section in (Config, *(info.annotation for info in Config.model_fields.values())):
+        for name, info in getattr(section, "model_fields", {}).items():
+            assert f"{info.alias or name}:" in text, f"config.yaml does not mention {name}"
+
+
+def test_the_shipped_schema_is_current() -> None:
+    shipped = json.loads((Path(edgekv.__file__).parent / "config" / "schema.json").read_text())
+    assert shipped == json_schema(), "run: make schema"
+
+
+def test_checking_takes_no_time_worth_speaking_of(file: Path) -> None:
+    started = time.perf_counter()
+    for _ in range(5):
+        load(file, (REPOSITORY / "config.yaml").read_text())
+    assert (time.perf_counter() - started) / 5 < 0.2
