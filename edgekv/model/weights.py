@@ -77,6 +77,8 @@ class StoredWeights:
         """`total_bytes` is what the checkpoint holds of this model; `progress` hears of every chunk."""
         self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
         self._done_bytes, self._total_bytes, self._progress = 0, total_bytes, progress
+        # One for the whole load: freed and taken again for each tensor, it leaves holes as large as the file.
+        self._staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
 
     def stacked(self, names: Sequence[str], shapes: Sequence[Shape]) -> Tensor:
         """Reads; raises ModelError where a file fails."""
@@ -91,10 +93,9 @@ class StoredWeights:
         entry, stored = located.entry, _DTYPES[located.entry.dtype]
         direct = stored == self._dtype and self._device.type == "cpu"
         chunk = max(1, _CHUNK_BYTES // stored.itemsize)
-        staging = target if direct else torch.empty(min(chunk, target.numel()), dtype=stored)
         for start in range(0, target.numel(), chunk):
             part = target[start : start + chunk]
-            landing = part if direct else staging[: part.numel()]
+            landing = part if direct else self._staging[: part.numel() * stored.itemsize].view(stored)
             located.file.read_into(entry, start * stored.itemsize, _bytes_of(landing))
             if not direct:
                 part.copy_(landing)

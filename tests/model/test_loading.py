@@ -65,15 +65,16 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_holds_the_model_once(tmp_path: Path) -> None:
-    shape: dict[str, Any] = {"vocab_size": 24_000, "hidden_size": 192, "intermediate_size": 10_000}
+    shape: dict[str, Any] = {"vocab_size": 24_000, "hidden_size": 192, "intermediate_size": 20_000}
     folders = [
         make_tiny("llama", tmp_path / str(dtype), dtype=dtype, **shape) for dtype in (torch.bfloat16, torch.float32)
     ]
     model_bytes = read_spec(folders[0]).num_parameters * 4
-    assert model_bytes > 90e6
+    assert model_bytes > 170e6
     # A process of its own, for the same reason.
     measured = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
     for peak_bytes in map(int, measured.stdout.split()):
+        # 17e6 of staging; a second copy would be 97e6 more in bfloat16.
         assert 0.9 * model_bytes < peak_bytes < model_bytes + 45e6
 
 
