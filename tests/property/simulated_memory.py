@@ -20,6 +20,8 @@ class SimulatedMemory:
 
     def copy(self, copies: list[BlockCopy]) -> None:
         for copy in copies:
+            assert copy.source != copy.target, f"block {copy.source} is copied onto itself"
+            assert self.cache.pool.refs(copy.source) > 0, f"block {copy.source} is copied from and held by nobody"
             for slot in range(copy.num_tokens):
                 self.slots[copy.target, slot] = self.slots[copy.source, slot]
 
