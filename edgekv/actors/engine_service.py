@@ -13,7 +13,7 @@ from edgekv.actors.engine import EngineActor, EngineStatus, Phase
 from edgekv.actors.fault import DRAINING, GAVE_UP
 from edgekv.actors.kernel import ActorGone, MailboxFull
 from edgekv.actors.messages import Abort, Submit
-from edgekv.actors.service import Health, ModelCard, SequenceDraft
+from edgekv.actors.service import Health, MemoryView, ModelCard, SequenceDraft
 from edgekv.actors.stream import TokenStream
 from edgekv.core.step import EngineStats
 from edgekv.errors import NotServing
@@ -86,6 +86,10 @@ class EngineService:
                 return Health("draining", DRAINING.message)
             case Phase.FAILED:
                 return Health("failed", (status.failure or GAVE_UP).message)
+
+    def memory(self) -> MemoryView | None:
+        """See `Service.memory`."""
+        return None
 
     # ---- StreamOwner
 

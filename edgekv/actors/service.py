@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgekv.actors.stream import TokenStream
+from edgekv.core.pressure import Decision
+from edgekv.core.reading import Reading
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import SequenceSpec
-from edgekv.core.step import EngineStats
+from edgekv.core.step import EngineStats, MemoryStats, PoolStats
 from edgekv.errors import ContextLengthExceeded
 
 if TYPE_CHECKING:
@@ -62,6 +64,34 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryEvent:
+    """Something that the memory guard did or saw. `at` is in unix seconds."""
+
+    at: float
+    kind: Literal["shrunk", "grown", "state", "stale", "fresh", "unreturned"]
+    num_bytes: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryView:
+    """The device's memory as the guard last saw it: what was read, what was decided, and who owns what.
+
+    `age_s` is how old the reading is; `problem` says why there is none, or no newer one. `events`: latest last.
+    """
+
+    device: str
+    headroom_bytes: int
+    reading: Reading | None = None
+    age_s: float | None = None
+    problem: str | None = None
+    decision: Decision | None = None
+    memory: MemoryStats | None = None
+    pool: PoolStats | None = None
+    events: tuple[MemoryEvent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceDraft:
     """A sequence that has not been given its id yet; the fields are those of `SequenceSpec`."""
 
@@ -99,3 +129,6 @@ class Service(Protocol):
 
     def health(self) -> Health:
         """How the server fares."""
+
+    def memory(self) -> MemoryView | None:
+        """Where the device's memory is; None where nobody watches it."""

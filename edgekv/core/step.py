@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from edgekv.core.pressure import PoolFacts
 from edgekv.core.sequence import FinishReason, Sequence
 
 
@@ -97,8 +98,37 @@ class PoolStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Resize:
+    """What the engine is to do with its memory before its next step; `budget_bytes` is the ledger's from now on.
+
+    The KV pool gives back at least `shrink_bytes` or takes at most `grow_bytes`, in whole segments. While `hold`, no
+    step runs. An order that neither shrinks nor grows only changes budget and hold, and does not count as a resize.
+    """
+
+    budget_bytes: int
+    shrink_bytes: int = 0
+    grow_bytes: int = 0
+    hold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """Where the device's memory went: bytes by lease, and of what they hold (`earmarks`: name to (lease, bytes)).
+
+    `budget_bytes` is the ledger's; `wanted_budget_bytes` the one last ordered, lower while the leases are above it.
+    """
+
+    leases: dict[str, int]
+    budget_bytes: int
+    wanted_budget_bytes: int
+    facts: PoolFacts
+    earmarks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    held: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot after a step; counters only grow."""
+    """A snapshot after a step; counters only grow. `most_blocks` is the largest that the pool has ever been."""
 
     pool: PoolStats
     running: int
@@ -111,6 +141,8 @@ class EngineStats:
     preemptions: int = 0
     evictions: int = 0
     misses: dict[str, int] = field(default_factory=dict)
+    memory: MemoryStats | None = None
+    most_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,14 +27,30 @@ class Wanted(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Watched:
+    """Which device the memory guard is to read: a vendor's card by its PCI address (`0000:03:00.0`), or main memory."""
+
+    vendor: Literal["cpu", "nvidia", "amd"]
+    pci_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
-    """A device as torch calls it, and the memory on it that nobody else holds."""
+    """A device as torch calls it, its memory, and how much of that nobody holds.
+
+    `reserve_bytes` is what its owner wants left free (the headroom; None: the usual), `most_bytes` the most that edgekv
+    may have of it in all (None: no limit).
+    """
 
     kind: Literal["cpu", "card"]
     torch_name: str
     title: str
     free_bytes: int
     note: str = ""
+    total_bytes: int = 0
+    reserve_bytes: int | None = None
+    most_bytes: int | None = None
+    watched: Watched = Watched("cpu")
 
 
 def choose_place(device: str, devices: Mapping[str, Wanted]) -> Place:
