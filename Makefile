@@ -3,6 +3,7 @@
 #   make serve        set up, then serve (CONFIG=config.yaml, else the demo model) and print the URL
 #   make test         set up, then run the whole test suite
 #   make lint         ruff, flake8-async, mypy --strict, import-linter
+#   make guard        play the traces of bench/traces against a real server: does the memory guard keep its promises?
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS passes options to pip (another index, a proxy);
 # CONSTRAINTS= (empty) lets pip choose the newest torch, for instance its CUDA build.
@@ -23,7 +24,7 @@ PIP  := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar 
         $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test coverage lint format bench demo-model schema wheel clean
+.PHONY: help serve test coverage lint format bench guard demo-model schema wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' $(MAKEFILE_LIST)
@@ -68,6 +69,9 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/serve.stamp
 	@$(BIN)/python bench/serve.py $(ARGS)
+
+guard: $(VENV)/dev.stamp
+	@$(BIN)/python -m bench.guard $(or $(TRACES),$(wildcard bench/traces/*.json)) $(ARGS)
 
 demo-model: $(VENV)/dev.stamp
 	@PYTHONPATH=packaging $(BIN)/python -m demo_model.train $(ARGS)

@@ -1,5 +1,7 @@
 """The errors a person meets: each carries its data and says what happened, the numbers, and what to do."""
 
+import math
+
 
 class EdgeKVError(Exception):
     """Base of every error that is meant to be read by a person; `str()` of it is the whole message."""
@@ -40,12 +42,14 @@ class ContextLengthExceeded(EdgeKVError):
 
 
 class QueueFull(EdgeKVError):
-    """The request fits, but not now, and the queue is full (HTTP 429)."""
+    """The request fits, but not now (HTTP 429); `reason` begins the sentence that says why not."""
 
-    def __init__(self, needed_tokens: int, free_tokens: int, retry_after_s: float) -> None:
+    def __init__(
+        self, needed_tokens: int, free_tokens: int, retry_after_s: float, reason: str = "The queue is full"
+    ) -> None:
         super().__init__(
-            f"The queue is full: this request needs {needed_tokens:,} tokens of KV cache and {free_tokens:,} are free. "
-            f"Try again in {retry_after_s:.0f} s."
+            f"{reason}: this request needs {needed_tokens:,} tokens of KV cache and {free_tokens:,} are free. "
+            f"Try again in {math.ceil(retry_after_s)} s."
         )
         self.needed_tokens, self.free_tokens, self.retry_after_s = needed_tokens, free_tokens, retry_after_s
 

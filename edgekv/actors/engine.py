@@ -12,14 +12,14 @@ import trio
 from edgekv.actors.fault import DRAINING, GAVE_UP, judge
 from edgekv.actors.kernel import Actor
 from edgekv.actors.latest import Latest
-from edgekv.actors.messages import Abort, Drain, Submit
+from edgekv.actors.messages import Abort, Drain, Expire, Submit
 from edgekv.actors.service import ModelCard
 from edgekv.actors.stream import Failed, TokenStream
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import EngineStats, Finished, Started, StepReport, TokenOut
+from edgekv.core.step import EngineStats, Finished, Resize, Started, StepReport, TokenOut
 from edgekv.engine.driver import Command, Driver, LoadProgress, MakeCore, MakeDriver, Rejected, ThreadDriver
 
-EngineMessage: TypeAlias = Submit | Abort | Drain
+EngineMessage: TypeAlias = Submit | Abort | Expire | Resize | Drain
 
 STOP_S = 5.0
 """How long a driver may take to come back from the step it is in."""
@@ -68,7 +68,7 @@ class EngineActor(Actor[EngineMessage]):
         *,
         name: str = "engine",
         capacity: int = 256,
-        on_stats: Callable[[EngineStats], None] = lambda stats: None,
+        on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
         super().__init__(name, capacity)
         self.status = Latest(EngineStatus())
@@ -76,7 +76,7 @@ class EngineActor(Actor[EngineMessage]):
         self.is_stuck = False
         self._make_core = make_core
         self._make_driver = make_driver
-        self._on_stats = on_stats
+        self._on_step = on_step
         self._streams: dict[int, TokenStream] = {}
         self._driver: Driver | None = None
         self._is_ready = False
@@ -156,6 +156,15 @@ class EngineActor(Actor[EngineMessage]):
                 if self._streams.pop(sequence_id, None) is not None:
                     self._send(lambda core: core.abort(sequence_id, reason))
                     self._note_drained()
+            case Expire(sequence_id, told):
+                late = self._streams.get(sequence_id)
+                if late is not None and not late.has_started:
+                    self._send(lambda core: core.abort(sequence_id))
+                    self._end(late, told)
+            case Resize():
+                # One from before this engine was there speaks of the memory of another.
+                if self._is_ready:
+                    self._send(lambda core: core.resize(message))
             case Drain(grace_s):
                 self._grace_s = grace_s
                 self._enter(Phase.DRAINING)
@@ -203,7 +212,7 @@ class EngineActor(Actor[EngineMessage]):
     def on_report(self, report: StepReport) -> None:
         """Give each event to its stream; those of aborted sequences find none."""
         self.stats.set(report.stats)
-        self._on_stats(report.stats)
+        self._on_step(report)
         spoken: chain[Started | TokenOut] = chain(report.started, report.tokens)
         for event in spoken:
             if (stream := self._streams.get(event.sequence_id)) is not None:

@@ -1,4 +1,4 @@
-"""`Service` with one engine behind it. Runs in: trio; owns: the sequence ids."""
+"""`Service` with one engine behind it. Runs in: trio; owns: the sequence ids, and the time for which they may wait."""
 
 import contextlib
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from edgekv.actors.admission import RETRY_BOUNDS_S, Admission, Claim
 from edgekv.actors.engine import EngineActor, EngineStatus, Phase
 from edgekv.actors.fault import DRAINING, GAVE_UP
 from edgekv.actors.kernel import ActorGone, MailboxFull
-from edgekv.actors.messages import Abort, Submit
+from edgekv.actors.messages import Abort, Expire, Submit
 from edgekv.actors.service import Health, MemoryView, ModelCard, SequenceDraft
 from edgekv.actors.stream import TokenStream
+from edgekv.actors.vram import VramWatch
 from edgekv.core.step import EngineStats
 from edgekv.errors import NotServing
 
@@ -25,10 +26,12 @@ UNKNOWN_LOAD_S = 5.0
 class EngineService:
     """What the HTTP side holds: admits requests, hands them to the engine's actor, and keeps count of their streams."""
 
-    def __init__(self, engine: EngineActor, admission: Admission) -> None:
+    def __init__(self, engine: EngineActor, admission: Admission, watch: VramWatch | None = None) -> None:
         self._engine = engine
         self._admission = admission
+        self._watch = watch
         self._ids = count(1)
+        self._admitted = trio.Event()
 
     def card(self) -> ModelCard:
         """See `Service.card`; while the engine restarts the model is still the same."""
@@ -48,8 +51,12 @@ class EngineService:
             _refuse(status)
         specs = [draft.with_id(next(self._ids)) for draft in drafts]
         ids = [spec.id for spec in specs]
-        claims = [Claim(spec.id, len(spec.prompt), spec.sampling.max_tokens) for spec in specs]
-        self._admission.admit(claims, self._as_it_is(status.card), self._engine.stats.value)
+        claims = [Claim(spec.id, len(spec.prompt), spec.sampling.max_tokens, spec.priority) for spec in specs]
+        was_idle = not self._admission.num_open
+        self._admission.admit(claims, self._as_it_is(status.card), self._engine.stats.value, self.memory())
+        self._admitted.set()
+        if was_idle and self._watch is not None:
+            self._watch.wake()
         streams = [TokenStream(sequence_id, self) for sequence_id in ids]
         try:
             self._engine.post(Submit(tuple(zip(specs, streams, strict=True))))
@@ -66,7 +73,8 @@ class EngineService:
         stats = self._engine.stats.value
         if stats is None:
             return card
-        return replace(card, pool_tokens=stats.pool.total_blocks * stats.pool.block_size)
+        size = stats.pool.block_size
+        return replace(card, pool_tokens=stats.pool.total_blocks * size, most_pool_tokens=stats.most_blocks * size)
 
     def stats(self) -> EngineStats | None:
         """See `Service.stats`."""
@@ -76,6 +84,8 @@ class EngineService:
         """See `Service.health`; the words are for everybody, so there are no paths and no tracebacks in them."""
         status = self._engine.status.value
         match status.phase:
+            case Phase.SERVING if self._watch is not None and self._watch.is_blind:
+                return Health("degraded", "the device's memory cannot be read; requests are served as before")
             case Phase.SERVING:
                 return Health("ok")
             case Phase.LOADING:
@@ -89,7 +99,17 @@ class EngineService:
 
     def memory(self) -> MemoryView | None:
         """See `Service.memory`."""
-        return None
+        return None if self._watch is None else self._watch.latest()
+
+    async def expire(self) -> None:
+        """Refuse those who have waited too long to start, for as long as the server runs."""
+        while True:
+            self._admitted = trio.Event()
+            with trio.move_on_at(self._admission.next_deadline):
+                await self._admitted.wait()
+            for sequence_id, told in self._admission.take_overdue():
+                with contextlib.suppress(ActorGone):
+                    self._engine.insist(Expire(sequence_id, told))
 
     # ---- StreamOwner
 

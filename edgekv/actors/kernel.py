@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -14,6 +14,8 @@ import trio
 log = logging.getLogger(__name__)
 
 MessageT = TypeVar("MessageT")
+
+FIRST_DELAY_S, MOST_DELAY_S = 0.5, 30.0
 
 
 class MailboxFull(Exception):
@@ -134,6 +136,24 @@ async def supervise(actor: Actor[MessageT], policy: Restarts = Restarts()) -> No
             await trio.sleep(delay_s)
     finally:
         actor.close()
+
+
+async def keep_running(name: str, task: Callable[[], Awaitable[None]]) -> None:
+    """Run `task` until it ends by itself, again after each `Exception`, with back-off: what the server can be without
+    for a while, and must not end by.
+    """
+    delay_s = FIRST_DELAY_S
+    while True:
+        started = trio.current_time()
+        try:
+            await task()
+            return
+        except Exception:
+            if trio.current_time() - started > MOST_DELAY_S:
+                delay_s = FIRST_DELAY_S
+            log.exception("%s crashed, restarts in %.1f s", name, delay_s)
+        await trio.sleep(delay_s)
+        delay_s = min(2 * delay_s, MOST_DELAY_S)
 
 
 def _root_of(error: Exception) -> Exception:

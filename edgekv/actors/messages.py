@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from edgekv.actors.stream import TokenStream
+from edgekv.actors.stream import Failed, TokenStream
 from edgekv.core.sequence import FinishReason, SequenceSpec
 
 
@@ -19,6 +19,14 @@ class Abort:
 
     sequence_id: int
     reason: FinishReason = FinishReason.ABORT
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """Refuse this sequence after all, with these words, unless it has started."""
+
+    sequence_id: int
+    told: Failed
 
 
 @dataclass(frozen=True, slots=True)

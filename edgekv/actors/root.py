@@ -7,23 +7,26 @@ HTTP sends what is left to send.
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
-from edgekv.actors.admission import Admission
+from edgekv.actors.admission import Admission, AdmissionLimits
 from edgekv.actors.engine import EngineActor, EngineStatus, Phase
 from edgekv.actors.engine_service import EngineService
 from edgekv.actors.fault import is_device_error
-from edgekv.actors.kernel import GaveUp, Restarts, supervise
+from edgekv.actors.kernel import GaveUp, Restarts, keep_running, supervise
 from edgekv.actors.latest import Latest
 from edgekv.actors.messages import Drain
 from edgekv.actors.service import ModelCard, Service
+from edgekv.actors.vram import VramWatch
+from edgekv.core.pressure import PressurePolicy
 from edgekv.engine.driver import MakeCore, MakeDriver, ThreadDriver
 from edgekv.errors import EdgeKVError
+from edgekv.smi.reader import Source
 
 log = logging.getLogger(__name__)
 
@@ -66,37 +69,51 @@ async def run_server(
     make_core: MakeCore[ModelCard],
     serve_http: ServeHTTP,
     max_queue: int,
+    max_wait_s: Mapping[int, float] | None = None,
     grace_s: float,
     http_grace_s: float = HTTP_GRACE_S,
     make_driver: MakeDriver = ThreadDriver,
     restarts: Restarts = Restarts(),
     watch: Callable[[Latest[EngineStatus]], Awaitable[None]] | None = None,
+    sources: Sequence[Source] = (),
+    policy: PressurePolicy | None = None,
+    device: str = "",
 ) -> Exit:
     """Serve until SIGINT or SIGTERM has drained the server or the engine is lost; a second signal ends it at once.
 
     `make_core` runs on the engine's thread, again after each crash. `watch` is given the engine's status for as long as
     the server runs (a progress bar); it may fail without harm. Nothing that was started outlives the call, except a
     thread that is stuck on a device.
+
+    `max_wait_s`: how long a request may wait to start, by priority; None for ever. With a `policy` the memory of
+    `device` is watched, by the best of `sources` that can be read.
     """
-    return await _Root(make_core, serve_http, max_queue, grace_s, http_grace_s, make_driver, restarts, watch).run()
+    limits = AdmissionLimits(max_queue, max_wait_s or {})
+    admission = Admission(limits)
+    # A burst that fits the queue must fit the mailbox too.
+    engine = EngineActor(make_core, make_driver, capacity=max(256, 2 * max_queue), on_step=admission.observe)
+    guard = None
+    if policy is not None:
+        guard = VramWatch(engine, sources, policy, device, is_busy=lambda: admission.num_open > 0)
+    service = EngineService(engine, admission, guard)
+    return await _Root(engine, service, guard, serve_http, grace_s, http_grace_s, restarts, watch).run()
 
 
 class _Root:
     def __init__(
         self,
-        make_core: MakeCore[ModelCard],
+        engine: EngineActor,
+        service: EngineService,
+        guard: VramWatch | None,
         serve_http: ServeHTTP,
-        max_queue: int,
         grace_s: float,
         http_grace_s: float,
-        make_driver: MakeDriver,
         restarts: Restarts,
         watch: Callable[[Latest[EngineStatus]], Awaitable[None]] | None,
     ) -> None:
-        admission = Admission(max_queue)
-        # A burst that fits the queue must fit the mailbox too.
-        self._engine = EngineActor(make_core, make_driver, capacity=max(256, 2 * max_queue), on_stats=admission.observe)
-        self._service = EngineService(self._engine, admission)
+        self._engine = engine
+        self._service = service
+        self._guard = guard
         self._serve_http = serve_http
         self._grace_s = grace_s
         self._http_grace_s = http_grace_s
@@ -118,6 +135,9 @@ class _Root:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._heed, signals, nursery.cancel_scope)
                         nursery.start_soon(self._run_watch)
+                        nursery.start_soon(keep_running, "the waiting line's clock", self._service.expire)
+                        if self._guard is not None:
+                            nursery.start_soon(keep_running, "the memory guard", self._guard.run)
                         lost = await self._serve(nursery)
                         nursery.cancel_scope.cancel()
             except* Exception as group:

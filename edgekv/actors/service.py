@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class ModelCard:
     """What is served and how much of it fits; known once the model has loaded.
 
-    `created` is in unix seconds. A sequence may hold `min(context_tokens, pool_tokens)` tokens, prompt and output
-    together; the model itself was made for `model_context_tokens`. `chat_template` is None for a model that has none.
+    `created` is in unix seconds; the model itself was made for `model_context_tokens`. `pool_tokens` is what the KV
+    pool holds now, `most_pool_tokens` the most that it has held, and can hold again once other programs leave the
+    memory to it; None where that is the same. `chat_template` is None for a model that has none.
     """
 
     name: str
@@ -36,11 +37,22 @@ class ModelCard:
     tokenizer: "Tokenizer"
     chat_template: "ChatTemplate | None"
     generation: "GenerationDefaults"
+    most_pool_tokens: int | None = None
 
     @property
     def limit_tokens(self) -> int:
         """The most tokens, prompt and output together, that one sequence can ever have."""
+        return min(self.context_tokens, self.largest_pool_tokens)
+
+    @property
+    def present_tokens(self) -> int:
+        """The most that one sequence can have as long as the pool stays as it is."""
         return min(self.context_tokens, self.pool_tokens)
+
+    @property
+    def largest_pool_tokens(self) -> int:
+        """What the pool holds when it has all its memory."""
+        return max(self.pool_tokens, self.most_pool_tokens or 0)
 
     def exceeded(self, prompt_tokens: int, completion_tokens: int) -> ContextLengthExceeded:
         """The refusal of a request over `limit_tokens`: the numbers, and what would make it fit."""
@@ -49,23 +61,26 @@ class ModelCard:
         changes = []
         if self.context_tokens < asked <= self.model_context_tokens:
             changes.append(f"set models.{self.name}.context to {asked} or more (now {self.context_tokens})")
-        if asked > self.pool_tokens:
-            changes.append(f"raise kv.budget until the pool holds {asked} tokens (now {self.pool_tokens})")
+        if asked > self.largest_pool_tokens:
+            changes.append(f"raise kv.budget until the pool holds {asked} tokens (now {self.largest_pool_tokens})")
         remedy = f"To make it fit, {' or '.join([less, ' and '.join(changes)] if changes else [less])}."
         return ContextLengthExceeded(self.limit_tokens, prompt_tokens, completion_tokens, remedy)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How the server fares, in a word and a sentence."""
+    """How the server fares, in a word and a sentence. Requests are taken while it is "ok" or "degraded"."""
 
-    status: Literal["ok", "loading", "draining", "failed"]
+    status: Literal["ok", "degraded", "loading", "draining", "failed"]
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEvent:
-    """Something that the memory guard did or saw. `at` is in unix seconds."""
+    """Something that the memory guard did or saw. `at` is in unix seconds.
+
+    `num_bytes`: given back, taken, or given back and not seen to leave; of a state, what is spilled; else 0.
+    """
 
     at: float
     kind: Literal["shrunk", "grown", "state", "stale", "fresh", "unreturned"]

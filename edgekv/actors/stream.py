@@ -14,13 +14,15 @@ from edgekv.core.step import Finished, Started, TokenOut
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The sequence was lost through no fault of its own (HTTP 503).
+    """The sequence was lost through no fault of its own (HTTP 503; 429 for kv_cache_full).
 
-    `code` is engine_restarting, device_lost, draining or rejected; `message` is for the person who asked.
+    `code` is engine_restarting, device_lost, draining, rejected, or kv_cache_full for one that has waited too long to
+    start; `message` is for the person who asked, who may try again after `retry_after_s`.
     """
 
     code: str
     message: str
+    retry_after_s: float = 1.0
 
 
 StreamEvent: TypeAlias = Started | TokenOut | Finished | Failed

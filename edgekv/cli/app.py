@@ -16,6 +16,7 @@ from edgekv.cli.console import stderr
 from edgekv.cli.doctor import doctor
 from edgekv.cli.plan import plan
 from edgekv.cli.serve import serve
+from edgekv.cli.status import status
 from edgekv.errors import ConfigError, EdgeKVError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(check)
 app.command()(plan)
+app.command()(status)
 app.command()(chat)
 app.command()(doctor)
 app.add_typer(bench, name="bench")

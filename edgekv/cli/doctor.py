@@ -3,36 +3,37 @@
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 import typer
+from rich.markup import escape
 
 from edgekv.cli.console import print_json, stdout, table
+from edgekv.cli.doctor_cards import card_findings
+from edgekv.cli.finding import Finding
 from edgekv.config.units import GIB, format_size
 
 if TYPE_CHECKING:
-    from edgekv.smi.cards import Survey
     from edgekv.smi.torch_build import TorchBuild
-
-Verdict = Literal["ok", "warn", "fail"]
 
 PORT = 8181
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at. `fix` is empty where nothing has to be done."""
-
-    verdict: Verdict
-    subject: str
-    found: str
-    fix: str = ""
-
-
-def doctor(as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON.")) -> None:
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
+    record: Path | None = typer.Option(None, help="Instead, write a recording of the card's memory to this file."),
+    seconds: float = typer.Option(60.0, help="How long to record."),
+) -> None:
     """Look at Python, torch, processor, memory, cards, port and demo model; say how to fix what is wrong."""
+    if record is not None:
+        from edgekv.cli.record import record as write_recording
+
+        write_recording(record, seconds)
+        return
     findings = list(examine())
     if as_json:
         print_json([asdict(finding) for finding in findings])
@@ -52,7 +53,7 @@ def examine() -> Iterator[Finding]:
     yield _torch(build)
     yield from _host()
     for survey in (survey_nvidia(), survey_amd()):
-        yield from _cards(survey, build)
+        yield from card_findings(survey, build)
     yield _port("127.0.0.1", PORT)
     yield _demo()
 
@@ -70,38 +71,39 @@ def _torch(build: "TorchBuild | None") -> Finding:
 
 
 def _host() -> Iterator[Finding]:
-    from edgekv.smi.host import read_memory, read_processor
+    from edgekv.core.spill import Headroom
+    from edgekv.smi.control_group import read_group
+    from edgekv.smi.host import PROC, SYSFS, read_memory, read_processor
 
     processor = read_processor()
     features = ", ".join(processor.features) or "no vector extensions known"
     yield Finding("ok", "processor", f"{processor.name}, {processor.cores} cores, {features}")
     memory = read_memory()
     found = f"{format_size(memory.available_bytes)} free of {format_size(memory.total_bytes)}"
+    found += f", headroom {format_size(Headroom.of(memory.total_bytes).num_bytes)}"
     if memory.available_bytes < GIB:
         yield Finding("warn", "memory", found, "close other programs: the demo model alone wants about 1 GiB")
     else:
         yield Finding("ok", "memory", found)
+    machine = psutil.virtual_memory().total
+    if read_group(SYSFS, PROC, machine) is not None:
+        limit = f"this control group may have {format_size(memory.total_bytes)} of {format_size(machine)}"
+        yield Finding("ok", "memory limit", f"{limit}: it counts as all there is")
+    yield _swap(*_swap_bytes())
 
 
-def _cards(survey: "Survey", build: "TorchBuild | None") -> Iterator[Finding]:
-    subject = "NVIDIA cards" if survey.vendor == "nvidia" else "AMD cards"
-    if survey.problem is not None:
-        if survey.absent:
-            yield Finding("ok", subject, f"none ({survey.problem})")
-        else:
-            yield Finding("warn", subject, survey.problem, "reinstall the driver, or the Python binding of its version")
-        return
-    if not survey.cards:
-        yield Finding("ok", subject, "none")
-    drives = build is not None and (build.cuda if survey.vendor == "nvidia" else build.hip) is not None
-    for card in survey.cards:
-        found = f"{format_size(card.free_bytes)} free of {format_size(card.total_bytes)}, driver {card.driver}"
-        if drives:
-            yield Finding("ok", card.name, found)
-        elif survey.vendor == "nvidia":
-            yield Finding("warn", card.name, f"{found}; torch has no CUDA", "install torch's CUDA build")
-        else:
-            yield Finding("warn", card.name, f"{found}; torch has no HIP", "install torch's ROCm build")
+def _swap_bytes() -> tuple[int, int]:
+    swap = psutil.swap_memory()
+    return swap.total, swap.used
+
+
+def _swap(total: int, used: int) -> Finding:
+    if not total:
+        return Finding("ok", "swap", "none")
+    found = f"{format_size(used)} used of {format_size(total)}"
+    if used > total // 2:
+        return Finding("warn", "swap", found, "close other programs: memory is short, and what is swapped out is slow")
+    return Finding("ok", "swap", found)
 
 
 def _port(host: str, port: int) -> Finding:
@@ -139,7 +141,8 @@ def _print(findings: list[Finding]) -> None:
     listing.show_header = False
     for finding in findings:
         mark = f"[{colours[finding.verdict]}]{finding.verdict}[/]"
-        listing.add_row(mark, finding.subject, finding.found + (f"\n→ {finding.fix}" if finding.fix else ""))
+        told = escape(finding.found) + (f"\n[bold]→ {escape(finding.fix)}[/]" if finding.fix else "")
+        listing.add_row(mark, escape(finding.subject), told)
     stdout().print(listing)
     names = [name for name in ("edgekv", "trio", "hypercorn", "starlette") if _installed(name)]
     stdout().print(", ".join(f"{name} {metadata.version(name)}" for name in names), style="dim")

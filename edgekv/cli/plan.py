@@ -1,131 +1,146 @@
 """`edgekv plan`: where every byte would go, before anything is loaded. Runs in: the main thread; owns: nothing."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from edgekv.cli.console import print_json, stdout, table
-from edgekv.config.units import format_size, parse_size, parse_size_or_share
+from edgekv.cli.console import print_json
+from edgekv.config.cards import KnownCard, find_card, live_card
+from edgekv.config.units import parse_size, parse_size_or_share
 
 if TYPE_CHECKING:
-    from edgekv.core.capacity import DtypeName, MemoryPlan
-    from edgekv.model.spec import ModelSpec
+    from edgekv.config.settings import PinnedPrompt
+    from edgekv.core.capacity import Draft, DtypeName
+    from edgekv.engine.settings import EngineSettings
     from edgekv.smi.device import Place
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be planned. `card`: the table's entry for the device; `is_here`: whether this machine has it.
+
+    `pinned`: the tokens of each pinned prompt by name.
+    """
+
+    settings: "EngineSettings"
+    card: KnownCard | None
+    is_here: bool
+    pinned: dict[str, tuple[int, ...]]
+
+    def pinned_blocks(self) -> int:
+        """Blocks that are pinned; beginnings that prompts share count once."""
+        size = self.settings.block_size
+        whole = {ids[:end] for ids in self.pinned.values() for end in range(size, len(ids) + 1, size)}
+        return len(whole)
+
+
 def plan(
-    model: str = typer.Argument(..., help="A model folder (config.json is enough), or 'demo'."),
+    model: str = typer.Argument(
+        ..., help="A model folder (config.json is enough), 'demo', or a configuration file that names one."
+    ),
     context: int | None = typer.Option(None, min=1, help="Tokens of one request, prompt and answer together."),
     dtype: str = typer.Option("auto", help="What the weights are computed in: auto, float32, bfloat16, float16."),
     kv_dtype: str = typer.Option("auto", help="What keys and values are kept in; auto is the weights' dtype."),
     kv_budget: str | None = typer.Option(None, help="Memory for the KV pool, as 4GiB or 40%; by default chosen."),
+    card: str | None = typer.Option(None, help="Plan for a card that is not here, as 'RX 7900 XTX' or 4090."),
     vram: str | None = typer.Option(None, help="Plan for a card with this much memory, as 16GiB."),
+    others: str | None = typer.Option(None, help="What other programs hold of that card, as 1GiB; by default nothing."),
     device: str = typer.Option("auto", help="auto or cpu."),
-    max_num_seqs: int = typer.Option(16, min=1, help="Sequences in one step."),
+    draft: str | None = typer.Option(None, help="A draft model to keep room for: a folder, or 'demo' for its draft."),
+    draft_kv: str | None = typer.Option(None, help="Memory for the draft's KV pool, as 1GiB; by default chosen."),
+    max_num_seqs: int | None = typer.Option(None, min=1, help="Sequences in one step; by default 16."),
     as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
 ) -> None:
     """Say how many tokens of KV cache a model leaves room for, and where every byte goes."""
-    from edgekv.cli.models import resolve_model
-    from edgekv.core.capacity import DTYPE_BYTES
-    from edgekv.engine.settings import EngineSettings, plan_engine
+    from edgekv.cli.plan_view import plan_json, print_plan
+    from edgekv.engine.settings import plan_engine
     from edgekv.model.hf_config import read_spec
-    from edgekv.smi.device import Place, choose_place
 
     if device not in ("auto", "cpu"):
         raise typer.BadParameter("--device is auto or cpu")
-    folder = resolve_model(model)
-    spec = read_spec(folder)
-    place = Place("card", "cuda:0", "a card", _size(vram)) if vram is not None else choose_place(device, {})
-    settings = EngineSettings(
-        folder=folder,
-        place=place,
-        dtype=_dtype("--dtype", dtype),
-        kv_dtype=_dtype("--kv-dtype", kv_dtype),
-        kv_budget=_budget(kv_budget),
-        context_tokens=context,
-        max_sequences=max_num_seqs,
+    if draft_kv is not None and draft is None:
+        raise typer.BadParameter("--draft-kv needs --draft")
+    known = find_card(card) if card is not None else None
+    elsewhere = _elsewhere(known, vram, others)
+    settings, pinned = _settings(model, elsewhere, device)
+    budget = _budget(kv_budget)
+    settings = replace(
+        settings,
+        dtype=_dtype("--dtype", dtype) or settings.dtype,
+        kv_dtype=_dtype("--kv-dtype", kv_dtype) or settings.kv_dtype,
+        kv_budget=settings.kv_budget if budget is None else budget,
+        context_tokens=context or settings.context_tokens,
+        max_sequences=max_num_seqs or settings.max_sequences,
     )
+    if draft is not None:
+        settings = replace(settings, draft=_draft(draft, draft_kv, settings.place))
+    spec = read_spec(settings.folder)
     choice, result = plan_engine(settings, spec)
+    tokens = _encoded(settings.folder, pinned) if pinned else {}
+    asked = Asked(settings, known or live_card(settings.place.title), elsewhere is None, tokens)
     if as_json:
-        print_json(_as_json(result, spec, place.kind))
+        print_json(plan_json(asked, spec, result))
     else:
-        _print(result, spec, place, choice.reason, DTYPE_BYTES[result.kv_dtype])
+        print_plan(asked, spec, choice.reason, result)
     if not result.fits:
         raise typer.Exit(1)
 
 
-def _print(result: "MemoryPlan", spec: "ModelSpec", place: "Place", reason: str, kv_dtype_bytes: int) -> None:
-    console = stdout()
-    console.print(
-        f"[bold]{spec.architecture}[/], {spec.num_parameters / 1e9:.3f} B parameters, in {result.dtype} ({reason})"
-    )
-    where = "free on this machine" if place.kind == "cpu" else "free" if place.title != "a card" else "in all"
-    note = f" ({place.note})" if place.note else ""
-    console.print(f"on {place.title}: {format_size(result.total_bytes)} {where}{note}")
-    console.print()
-    shares = table("memory", "bytes", "", "")
-    shares.columns[3].justify = "left"
-    kv = result.kv
-    each = result.weight_bytes // spec.num_parameters
-    blocks = f"{kv.num_blocks:,} blocks of {kv.block_size} tokens in {len(kv.segments)} segments"
-    rows = [
-        ("weights", result.weight_bytes, f"{spec.num_parameters:,} × {each} bytes"),
-        ("workspace", result.workspace_bytes, "scratch of one step, at most"),
-        ("KV pool", kv.pool_bytes, blocks),
-        ("headroom", result.headroom_bytes, "left to others: 512 MiB or 6 %"),
-    ]
-    if result.free_bytes >= 0:
-        rows.append(("unused", result.free_bytes, ""))
-    for name, num_bytes, how in rows:
-        shares.add_row(name, f"{num_bytes:,}", format_size(num_bytes), how)
-    console.print(shares)
-    console.print()
-    formula = f"2 × {spec.num_layers} layers × {spec.num_kv_heads} KV heads × {spec.head_dim} × {kv_dtype_bytes} bytes"
-    console.print(f"one token: {kv.bytes_per_token:,} bytes ({format_size(kv.bytes_per_token)}) = {formula}")
-    for line in kv.capacity_lines(result.context_tokens):
-        console.print(line)
-    if not result.fits:
-        console.print()
-        console.print(f"[yellow]does not fit:[/] {_remedy(result, spec)}", soft_wrap=True)
+def _settings(
+    model: str, elsewhere: "Place | None", device: str
+) -> tuple["EngineSettings", tuple["PinnedPrompt", ...]]:
+    """What the configuration file says, with its pinned prompts, or the defaults for a model folder."""
+    from edgekv.cli.models import resolve_model
+    from edgekv.cli.serve import served_model
+    from edgekv.config.load import load_config
+    from edgekv.engine.settings import EngineSettings
+    from edgekv.smi.device import choose_place
+
+    if model.endswith((".yaml", ".yml")):
+        config = load_config(Path(model), (), os.environ)
+        place = elsewhere or (choose_place("cpu", {}) if device == "cpu" else None)
+        name, _, settings = served_model(config, None, place)
+        return settings, config.models[name].pinned_prompts if name in config.models else ()
+    return EngineSettings(folder=resolve_model(model), place=elsewhere or choose_place(device, {})), ()
 
 
-def _remedy(result: "MemoryPlan", spec: "ModelSpec") -> str:
-    """What would make it fit, in the order of what costs least."""
-    from edgekv.core.capacity import DTYPE_BYTES
+def _encoded(folder: Path, pinned: tuple["PinnedPrompt", ...]) -> dict[str, tuple[int, ...]]:
+    """The tokens of the pinned prompts. Raises ModelError, or PinnedPromptRefused, as loading the model would."""
+    from edgekv.engine.pinned_text import encode_pinned
+    from edgekv.text.chat_template import load_chat_template
+    from edgekv.text.tokenizer import load_tokenizer
 
-    kv = result.kv
-    if result.missing_bytes:
-        lines = [f"the model needs {format_size(result.missing_bytes)} more than there is"]
-        if DTYPE_BYTES[result.dtype] > 2:
-            half = spec.num_parameters * 2
-            lines.append(f"--dtype bfloat16 would take {format_size(result.weight_bytes - half)} off the weights")
-        else:
-            lines.append("use a smaller model or a card with more memory")
-        return "; ".join(lines)
-    lines = [f"a request of {result.context_tokens:,} tokens needs more than the pool's {kv.pool_tokens:,}"]
-    if kv.pool_tokens:
-        lines.append(f"--context {kv.pool_tokens} is the most that fits")
-    if DTYPE_BYTES[result.kv_dtype] > 2:
-        lines.append(f"--kv-dtype bfloat16 would hold {kv.pool_tokens * 2:,} tokens")
-    spare = result.free_bytes // kv.block_bytes * kv.block_size
-    if spare + kv.pool_tokens >= result.context_tokens:
-        needed = -(-result.context_tokens // kv.block_size) * kv.block_bytes
-        lines.append(f"--kv-budget {-(-needed // 2**20)}MiB would hold one such request")
-    return "; ".join(lines)
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    return {prompt.name: encode_pinned(prompt, tokenizer, template).token_ids for prompt in pinned}
 
 
-def _as_json(result: "MemoryPlan", spec: "ModelSpec", device: str) -> dict[str, Any]:
-    kv = result.kv
-    document = asdict(result)
-    document["kv"] |= {
-        "segments": len(kv.segments), "pool_tokens": kv.pool_tokens, "pool_bytes": kv.pool_bytes,
-        "max_concurrency": round(kv.max_concurrency(result.context_tokens), 4),
-    }  # fmt: skip
-    return {
-        "architecture": spec.architecture, "num_parameters": spec.num_parameters, "device": device,
-        **document, "free_bytes": result.free_bytes, "missing_bytes": result.missing_bytes, "fits": result.fits,
-    }  # fmt: skip
+def _elsewhere(card: KnownCard | None, vram: str | None, others: str | None) -> "Place | None":
+    """The card that is not here; None plans for this machine."""
+    from edgekv.smi.device import Place
+
+    if card is None and vram is None:
+        if others is not None:
+            raise typer.BadParameter("--others needs --card or --vram: on this machine it is measured")
+        return None
+    total = _size(vram) if vram is not None else card.vram_bytes if card is not None else 0
+    held = 0 if others is None else _size(others)
+    if held > total:
+        raise typer.BadParameter(f"--others {others} is more than the card has")
+    return Place("card", "cuda:0", "a card" if card is None else card.name, total - held, total_bytes=total)
+
+
+def _draft(name: str, kv: str | None, place: "Place") -> "Draft":
+    from edgekv.cli.models import DEMO, resolve_model
+    from edgekv.core.capacity import Draft, choose_dtype
+    from edgekv.demo import draft_path
+    from edgekv.model.hf_config import read_spec
+
+    spec = read_spec(draft_path() if name == DEMO else resolve_model(name))
+    dtype = choose_dtype(spec.dtype, spec.num_parameters, place.kind).name
+    return Draft(spec, dtype, None if kv is None else _size(kv))
 
 
 def _dtype(option: str, name: str) -> "DtypeName | None":
@@ -134,6 +149,8 @@ def _dtype(option: str, name: str) -> "DtypeName | None":
             return None
         case "float32" | "bfloat16" | "float16":
             return name
+        case "fp8" | "int8" | "int4" if option == "--kv-dtype":
+            raise typer.BadParameter(f"{option} {name} is not available yet; the plan shows what it would bring")
     raise typer.BadParameter(f"{option} {name!r} is not one of auto, float32, bfloat16, float16")
 
 

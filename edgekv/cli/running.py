@@ -4,9 +4,11 @@ Runs in: the main thread (trio); owns: the progress bar.
 """
 
 import os
+import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,11 +20,17 @@ from edgekv.actors.engine import EngineStatus, Phase
 from edgekv.actors.latest import Latest
 from edgekv.actors.root import HTTP_GRACE_S, Exit, run_server
 from edgekv.actors.service import ModelCard, Service
-from edgekv.cli.console import stderr, stdout, table
+from edgekv.cli.console import stderr, stdout
 from edgekv.cli.logs import configure_logging
+from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.config.units import format_size
+from edgekv.core.pressure import PressurePolicy
+from edgekv.core.spill import Headroom
 from edgekv.http.server import serve_http
 from edgekv.http.settings import ApiKey, HttpSettings
+from edgekv.smi.device import Place, refreshed
+from edgekv.smi.reader import Source
+from edgekv.smi.sources import sources_for
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
@@ -32,10 +40,23 @@ if TYPE_CHECKING:
     from edgekv.engine.settings import EngineSettings
 
 
-def run(config: "Config", name: str, aliases: tuple[str, ...], engine: "EngineSettings") -> int:
-    """Serve until told to stop; returns the exit code."""
+REFRESH_DEADLINE_S = 2.0
+
+
+def run(
+    config: "Config",
+    name: str,
+    aliases: tuple[str, ...],
+    engine: "EngineSettings",
+    sources: Sequence[Source] | None = None,
+) -> int:
+    """Serve until told to stop; returns the exit code.
+
+    `sources`: the ways to read the memory of the device that `engine` names, best first; None for the usual ones.
+    """
     configure_logging(config.logging.level, config.logging.format)
-    ended = trio.run(_Server(config, name, aliases, engine).serve)
+    ways = sources_for(engine.place.watched) if sources is None else tuple(sources)
+    ended = trio.run(_Server(config, name, aliases, engine, ways).serve)
     if ended.reason:
         stderr().print(f"[red]error:[/] {ended.reason}", markup=True, soft_wrap=True)
     elif ended.code == 0:
@@ -75,19 +96,33 @@ def _spin_briefly(environ: MutableMapping[str, str]) -> None:
 class _Server:
     """One run of the server: what it was told to serve, and what the engine said it built."""
 
-    def __init__(self, config: "Config", name: str, aliases: tuple[str, ...], engine: "EngineSettings") -> None:
+    def __init__(
+        self,
+        config: "Config",
+        name: str,
+        aliases: tuple[str, ...],
+        engine: "EngineSettings",
+        sources: tuple[Source, ...],
+    ) -> None:
         self._config, self._name, self._aliases, self._engine = config, name, aliases, engine
+        self._sources = sources
         self._assembly: Assembly | None = None
         self._urls: tuple[str, ...] = ()
         self._started_at = time.monotonic()
 
     async def serve(self) -> Exit:
+        place = self._engine.place
+        total_bytes = max(place.total_bytes, place.free_bytes)
         return await run_server(
             make_core=self._make_core,
             serve_http=self._serve_http,
             max_queue=self._config.server.max_queue,
+            max_wait_s=self._config.priorities.max_wait_s,
             grace_s=self._config.server.grace_s,
             watch=self._watch,
+            sources=self._sources,
+            policy=PressurePolicy(Headroom.of(total_bytes, place.reserve_bytes), place.most_bytes),
+            device=place.title,
         )
 
     def _make_core(self, progress: "Report") -> "tuple[EngineCore, ModelCard]":
@@ -96,7 +131,10 @@ class _Server:
         _spin_briefly(os.environ)
         from edgekv.engine.assemble import assemble
 
-        core, assembly = assemble(self._engine, progress)
+        engine = self._engine
+        if self._assembly is not None:  # the engine starts again: others may have taken or left memory meanwhile
+            engine = replace(engine, place=_measured_again(engine.place, self._sources))
+        core, assembly = assemble(engine, progress, self._sources)
         self._assembly = assembly
         return core, ModelCard(
             name=self._name,
@@ -137,14 +175,14 @@ class _Server:
         console.print(f"[bold]{title}[/], {memory.dtype} on {place.title} ({assembly.dtype.reason})", soft_wrap=True)
         if place.note:
             console.print(f"[yellow]{place.note}[/]", soft_wrap=True)
-        shares = table("memory", "bytes", "")
-        for label, num_bytes in assembly.leases.items():
-            shares.add_row(label, f"{num_bytes:,}", format_size(num_bytes))
-        shares.add_row("headroom", f"{memory.headroom_bytes:,}", format_size(memory.headroom_bytes))
-        shares.add_row("unused", f"{memory.free_bytes:,}", format_size(memory.free_bytes))
-        console.print(shares)
+        shares = _shares(assembly)
+        console.print(owner_bar(shares, min(console.width, WIDEST_BAR)))
+        console.print(owner_table(shares, memory.total_bytes))
         for line in memory.kv.capacity_lines(memory.context_tokens):
             console.print(line)
+        if memory.ceiling_blocks > memory.kv.num_blocks:
+            most = memory.ceiling_blocks * memory.kv.block_size
+            console.print(f"It may grow to {most:,} tokens when other programs leave the card.")
         if assembly.pool_tokens < memory.context_tokens:
             console.print(
                 f"[yellow]one request can have {assembly.pool_tokens:,} tokens, not the model's "
@@ -162,6 +200,27 @@ class _Server:
         console.print(f"[green]edgekv is ready:[/] {url}/v1  ({elapsed:.1f} s)", soft_wrap=True)
         with suppress(OSError):
             console.file.flush()
+
+
+def _shares(assembly: "Assembly") -> list[Owned]:
+    """Where every byte of the device is: leases first, what is left to others last."""
+    memory = assembly.memory
+    how = {"runtime": assembly.runtime_reason}
+    shares = [Owned(name, num_bytes, how.get(name, "")) for name, num_bytes in assembly.leases.items()]
+    shares.append(Owned("unused", max(0, memory.budget_bytes - sum(assembly.leases.values()))))
+    if memory.withheld_bytes:
+        shares.append(Owned("withheld", memory.withheld_bytes, "beyond vram_budget"))
+    shares.append(Owned("headroom", memory.headroom_bytes, "left to others"))
+    return [*shares, Owned("others", memory.others_bytes, "other programs when it was loaded")]
+
+
+def _measured_again(place: Place, sources: Sequence[Source]) -> Place:
+    """The place with what is free now; as it was where the driver does not answer in time."""
+    found: list[Place] = []
+    asking = threading.Thread(target=lambda: found.append(refreshed(place, sources)), name="edgekv-place", daemon=True)
+    asking.start()
+    asking.join(REFRESH_DEADLINE_S)
+    return found[0] if found else place
 
 
 class _Bytes(DownloadColumn):

@@ -14,6 +14,7 @@ from edgekv.demo import target_path
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
     from edgekv.engine.settings import EngineSettings
+    from edgekv.smi.device import Place
 
 
 def serve(
@@ -47,10 +48,13 @@ def serve(
         sys.exit(code)
 
 
-def served_model(config: "Config", model: str | None) -> tuple[str, tuple[str, ...], "EngineSettings"]:
+def served_model(
+    config: "Config", model: str | None, place: "Place | None" = None
+) -> tuple[str, tuple[str, ...], "EngineSettings"]:
     """The one model to serve: `model` if given, else the configuration's, else the demo model.
 
-    Returns its name, its aliases and what to build. Raises ModelError or ConfigError.
+    `place`: where to, instead of the configured device. Returns its name, its aliases and what to build. Raises
+    ModelError or ConfigError.
     """
     from edgekv.config.settings import Model
     from edgekv.engine.settings import EngineSettings
@@ -64,6 +68,6 @@ def served_model(config: "Config", model: str | None) -> tuple[str, tuple[str, .
         name, chosen = next(iter(config.models.items()))
     else:
         name, chosen = DEMO, Model.model_construct(path=resolve_model(DEMO), aliases=())
-    devices = {label: device.match for label, device in config.devices.items()}
-    place = choose_place(chosen.device, devices)
+    if place is None:
+        place = choose_place(chosen.device, config.devices)
     return name, chosen.aliases, EngineSettings.from_config(config, chosen, place)

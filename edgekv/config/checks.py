@@ -5,16 +5,13 @@ import ipaddress
 from collections.abc import Iterable
 
 from edgekv.config.document import Document, Fault, Path, Value
-from edgekv.config.settings import Config
+from edgekv.config.settings import MAX_PINNED_BYTES, Config, Model, PinnedPrompt
+from edgekv.config.units import MIB
 
 NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
-    ("priorities",),
-    ("devices", "*", "vram_budget"),
-    ("devices", "*", "desktop_reserve"),
     ("kv", "tier"),
     ("logging", "prompts"),
     ("models", "*", "draft"),
-    ("models", "*", "pinned_prompts"),
 )
 NOT_YET_VALUES: tuple[tuple[tuple[str, ...], frozenset[str]], ...] = (
     (("kv", "dtype"), frozenset({"fp8", "int8", "int4"})),
@@ -58,6 +55,7 @@ def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> I
         if files and not (model.path / "config.json").is_file():
             what = "no config.json in it" if model.path.is_dir() else "no such folder"
             yield ("models", name, "path"), f"{model.path}: {what}; a model is a folder in Hugging Face's layout"
+        yield from _pinned(config, written, name, model, files=files)
 
 
 def is_loopback(host: str) -> bool:
@@ -98,6 +96,56 @@ def _names(config: Config) -> Iterable[tuple[Path, str]]:
                 taken = "is a model's name" if owner[alias] == alias else f"is already an alias of {owner[alias]!r}"
                 yield ("models", name, "aliases", index), f"{alias!r} {taken}"
             owner.setdefault(alias, name)
+
+
+def _pinned(
+    config: Config, written: dict[str, Value], model_name: str, model: Model, *, files: bool
+) -> Iterable[tuple[Path, str]]:
+    names: set[str] = set()
+    for index, prompt in enumerate(model.pinned_prompts):
+        path: Path = ("models", model_name, "pinned_prompts", index)
+        if prompt.name in names:
+            yield (*path, "name"), f"{prompt.name!r} is the name of an earlier pinned prompt"
+        names.add(prompt.name)
+        given = {"file", "text"} & _keys(written, path)
+        if len(given) != 1:
+            yield path, "give either 'file' or 'text'" + (", not both" if given else "")
+        if prompt.raw and "role" in prompt.model_fields_set:
+            yield (*path, "role"), "a raw prompt is nobody's message: leave 'role' or 'raw' out"
+        if files and prompt.file is not None:
+            fault = _unreadable(prompt)
+            if fault:
+                yield (*path, "file"), fault
+    if model.pinned_prompts and not config.kv.prefix_cache:
+        yield ("models", model_name, "pinned_prompts"), "they live in the prefix cache, and kv.prefix_cache is off"
+
+
+def _keys(written: Value, path: Path) -> set[str]:
+    """The keys of the mapping at `path`."""
+    node = written
+    for part in path:
+        if isinstance(node, dict) and isinstance(part, str):
+            node = node.get(part)
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+    return set(node) if isinstance(node, dict) else set()
+
+
+def _unreadable(prompt: PinnedPrompt) -> str:
+    file = prompt.file
+    assert file is not None
+    try:
+        if not file.is_file():
+            return f"{file}: {'not a file' if file.exists() else 'no such file'}"
+        if file.stat().st_size > MAX_PINNED_BYTES:
+            return f"{file}: larger than {MAX_PINNED_BYTES // MIB} MiB, which no context holds"
+        if not file.read_text(encoding="utf-8"):
+            return f"{file}: empty"
+    except UnicodeDecodeError:
+        return f"{file}: not UTF-8 text"
+    except OSError as error:
+        return f"{file}: cannot be read: {error.strerror or error}"
+    return ""
 
 
 def _matches(data: dict[str, Value], pattern: tuple[str, ...]) -> list[tuple[Path, dict[str, Value]]]:

@@ -22,6 +22,10 @@ def _budget(value: object) -> object:
     return value if value == "auto" else parse_size_or_share(value)
 
 
+def _ttl(value: object) -> object:
+    return value if value == "never" else _timeout(value)
+
+
 def _time(value: object) -> float:
     seconds = parse_duration(value)
     if seconds > 86_400:
@@ -60,7 +64,17 @@ Budget = Annotated[
     _text_schema("auto, a size such as 4GiB, or a share of the memory such as 40%", rf"^auto$|%$|{_SIZE}"),
 ]
 _DURATION = _text_schema("a duration such as 30s", r"^[0-9]+(\.[0-9]+)?\s*(ms|[smhd])$")
+SizeOrShare = Annotated[
+    int | Share,
+    BeforeValidator(parse_size_or_share),
+    _text_schema("a size such as 20GiB, or a share of the device's memory such as 94%", rf"%$|{_SIZE}"),
+]
 Seconds = Annotated[float, BeforeValidator(_time), _DURATION]
+Ttl = Annotated[
+    Literal["never"] | float,
+    BeforeValidator(_ttl),
+    _text_schema("never, or a duration such as 1h", r"^never$|^[0-9]+(\.[0-9]+)?\s*(ms|[smhd])$"),
+]
 Timeout = Annotated[float, BeforeValidator(_timeout), _DURATION]  # 0 would cut everybody off
 FilePath = Annotated[Path, BeforeValidator(_expand_path), WithJsonSchema({"type": "string"})]
 ContextTokens = Annotated[
@@ -75,6 +89,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 PriorityName = Literal["interactive", "batch"]
 
 PRIORITY_LEVELS: dict[PriorityName, int] = {"interactive": 0, "batch": 10}
+MAX_PINNED = 64
+MAX_PINNED_BYTES = 1 * MIB
 
 
 class Section(BaseModel):
@@ -125,6 +141,10 @@ class Device(Section):
     """A card (or the CPU) under a name of its own."""
 
     match: DeviceMatch
+    desktop_reserve_bytes: Bytes | None = Field(
+        None, alias="desktop_reserve", description="what is left free for other programs; by default 512MiB or 6%"
+    )
+    vram_budget: SizeOrShare | None = Field(None, description="the most that edgekv may have of it in all")
 
 
 class KVDefaults(Section):
@@ -145,6 +165,22 @@ class ModelKV(Section):
     budget: Budget | None = None
 
 
+class PinnedPrompt(Section):
+    """The beginning of many prompts, computed when the model loads and never evicted while it lives."""
+
+    name: str = Field(min_length=1, max_length=64, description="what the log and the ledger call it")
+    file: FilePath | None = Field(None, description="a UTF-8 text file that holds it")
+    text: str | None = Field(None, min_length=1, description="the text itself, instead of a file")
+    role: Literal["system", "user"] = Field("system", description="whose message it is")
+    raw: bool = Field(False, description="take it as it is, for /v1/completions: no chat template around it")
+    ttl_s: Ttl = Field("never", alias="ttl", description="how long it stays pinned after its last use")
+    priority: int = Field(0, ge=-100, le=100, description="once its ttl is over, lower is evicted first")
+
+    def content(self) -> str:
+        """The text, read from its file where it has one. Raises OSError, and ValueError for what is not UTF-8."""
+        return self.file.read_text(encoding="utf-8") if self.file is not None else self.text or ""
+
+
 class Model(Section):
     """One model folder and how to serve it."""
 
@@ -156,8 +192,51 @@ class Model(Section):
     kv: ModelKV = Field(default_factory=ModelKV)
     max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
     max_step_tokens: int = Field(512, ge=16, le=65536, description="tokens in one step; longer prompts come in chunks")
+    pinned_prompts: tuple[PinnedPrompt, ...] = Field(
+        (), strict=False, max_length=MAX_PINNED, description="prompt beginnings that are always in the cache"
+    )
     load: Literal["startup"] = "startup"
     ttl: Literal["never"] = "never"
+
+
+_MAX_WAIT = "a request that has not begun by then gets 429"
+_WEIGHT = "its share of the starts while both kinds wait"
+
+
+# The wait is counted until a request's first step, so not for answers that are merely slow. Peers wait without limit: a
+# queue on a laptop's processor, with long prompts in it, may well take minutes and is worth waiting for. Hence as long
+# as OpenAI's clients wait by default (10 minutes): whoever is refused after that would have hung up anyway.
+class Interactive(Section):
+    """Requests that a person waits for."""
+
+    weight: int = Field(10, ge=1, le=1000, description=_WEIGHT)
+    max_wait_s: Timeout = Field(600.0, alias="max_wait", description=_MAX_WAIT)
+
+
+class Batch(Section):
+    """Requests that nobody waits for."""
+
+    weight: int = Field(1, ge=1, le=1000, description=_WEIGHT)
+    max_wait_s: Timeout = Field(3600.0, alias="max_wait", description=_MAX_WAIT)
+
+
+class Priorities(Section):
+    """What `priority: interactive` and `priority: batch` of an API key mean."""
+
+    interactive: Interactive = Field(default_factory=Interactive)
+    batch: Batch = Field(default_factory=Batch)
+
+    @property
+    def weights(self) -> dict[int, int]:
+        """Weight by level (see PRIORITY_LEVELS)."""
+        weights = {"interactive": self.interactive.weight, "batch": self.batch.weight}
+        return {level: weights[name] for name, level in PRIORITY_LEVELS.items()}
+
+    @property
+    def max_wait_s(self) -> dict[int, float]:
+        """Seconds by level (see PRIORITY_LEVELS)."""
+        waits = {"interactive": self.interactive.max_wait_s, "batch": self.batch.max_wait_s}
+        return {level: waits[name] for name, level in PRIORITY_LEVELS.items()}
 
 
 class Logging(Section):
@@ -175,4 +254,5 @@ class Config(Section):
     devices: dict[str, Device] = Field(default_factory=dict)
     kv: KVDefaults = Field(default_factory=KVDefaults)
     models: dict[str, Model] = Field(default_factory=dict, description="none: the bundled demo model")
+    priorities: Priorities = Field(default_factory=Priorities)
     logging: Logging = Field(default_factory=Logging)

@@ -14,6 +14,8 @@ without renumbering.
      +----------------------------- reclaim -------------------+
 """
 
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -38,10 +40,11 @@ class BlockState(Enum):
 
 @dataclass(slots=True)
 class _Segment:
-    """One device allocation: its size, and the free slots in it (a stack)."""
+    """One device allocation: its size, the free slots in it (a stack), and how many blocks of it are active."""
 
     num_blocks: int
     free: list[int] = field(default_factory=list)
+    num_active: int = 0
 
 
 class BlockPool:
@@ -68,6 +71,7 @@ class BlockPool:
         self._cached: set[int] = set()
         self._num_free = 0
         self._num_total = 0
+        self._most_blocks = 0
 
     @property
     def segments(self) -> dict[int, int]:
@@ -78,6 +82,11 @@ class BlockPool:
     def total_blocks(self) -> int:
         """Blocks of all segments."""
         return self._num_total
+
+    @property
+    def most_blocks(self) -> int:
+        """The most blocks that the pool has had, and may have again."""
+        return self._most_blocks
 
     @property
     def free_blocks(self) -> int:
@@ -121,6 +130,7 @@ class BlockPool:
         self._segments[index] = _Segment(num_blocks, [base | slot for slot in reversed(range(num_blocks))])
         self._num_free += num_blocks
         self._num_total += num_blocks
+        self._most_blocks = max(self._most_blocks, self._num_total)
         return index
 
     def remove_segment(self, index: int) -> None:
@@ -132,37 +142,44 @@ class BlockPool:
         self._num_free -= segment.num_blocks
         self._num_total -= segment.num_blocks
 
-    def held_blocks(self, index: int) -> list[int]:
-        """The blocks of a segment that are not free."""
-        segment = self._segments[index]
-        base = index << self._shift
-        return sorted({base | slot for slot in range(segment.num_blocks)} - set(segment.free))
+    def forget_growth(self) -> None:
+        """What the pool has lost does not come back: `most_blocks` is what there is now."""
+        self._most_blocks = self._num_total
 
-    def emptiest_segment(self) -> int | None:
-        """The segment with the fewest active blocks, the later of equals; None where there is none."""
-        active = dict.fromkeys(self._segments, 0)
-        for block in self._refs:
-            active[block >> self._shift] += 1
-        return min(active, key=lambda index: (active[index], -index), default=None)
+    def cached_blocks_in(self, index: int) -> list[int]:
+        """The blocks of a segment that are cached."""
+        return [block for block in self._blocks_of(index) if block in self._cached]
 
-    def free_blocks_beside(self, index: int) -> int:
-        """Free blocks in all segments but one."""
-        return self._num_free - len(self._segments[index].free)
+    def active_blocks_in(self, index: int) -> list[int]:
+        """The blocks of a segment that are active."""
+        if self._segments[index].num_active == 0:
+            return []
+        return [block for block in self._blocks_of(index) if block in self._refs]
 
-    def allocate(self, num_blocks: int, *, beside: int | None = None) -> list[int]:
-        """Make `num_blocks` free blocks active with one reference each; none of the segment `beside`.
+    def emptiest_segments(self) -> list[int]:
+        """The segments in the order of their active blocks, the fewest first; the later of equals first."""
+        segments = self._segments
+        return sorted(segments, key=lambda index: (segments[index].num_active, -index))
+
+    def free_blocks_beside(self, indices: Collection[int]) -> int:
+        """Free blocks in all segments but these."""
+        return self._num_free - sum(len(self._segments[index].free) for index in indices)
+
+    def allocate(self, num_blocks: int, *, beside: Collection[int] = ()) -> list[int]:
+        """Make `num_blocks` free blocks active with one reference each; none of the segments `beside`.
 
         Takes from the fullest segments first, so that emptying one stays cheap. Raises OutOfBlocks, taking none.
         """
-        free = self._num_free if beside is None else self.free_blocks_beside(beside)
+        free = self.free_blocks_beside(beside)
         if num_blocks > free:
             raise OutOfBlocks(num_blocks, free)
         taken: list[int] = []
-        open_segments = [segment for index, segment in self._segments.items() if index != beside]
+        open_segments = [segment for index, segment in self._segments.items() if index not in beside]
         while len(taken) < num_blocks:
             fullest = min((s for s in open_segments if s.free), key=lambda s: len(s.free))
             while fullest.free and len(taken) < num_blocks:
                 taken.append(fullest.free.pop())
+                fullest.num_active += 1
         for block in taken:
             self._refs[block] = 1
         self._num_free -= num_blocks
@@ -175,6 +192,7 @@ class BlockPool:
         elif block in self._cached:
             self._cached.remove(block)
             self._refs[block] = 1
+            self._segments[block >> self._shift].num_active += 1
         else:
             raise ValueError(f"block {block} is free and cannot be retained")
 
@@ -190,6 +208,7 @@ class BlockPool:
             self._refs[block] = refs - 1
             return False
         del self._refs[block]
+        self._segments[block >> self._shift].num_active -= 1
         if keep:
             self._cached.add(block)
         else:
@@ -201,12 +220,15 @@ class BlockPool:
         if self._refs[to] != 1:
             raise ValueError(f"block {to} has holders of its own")
         self._refs[to] = self._refs.pop(block)
+        self._segments[block >> self._shift].num_active -= 1
         self._free(block)
 
-    def reclaim(self, block: int) -> None:
-        """Make a cached block free (its content is no longer published)."""
-        self._cached.remove(block)
-        self._free(block)
+    def reclaim(self, blocks: Iterable[int]) -> None:
+        """Make those blocks free that are cached: their content is no longer published."""
+        for block in blocks:
+            if block in self._cached:
+                self._cached.remove(block)
+                self._free(block)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the invariant does not hold."""
@@ -218,7 +240,16 @@ class BlockPool:
         assert not free & self._refs.keys(), "a block is free and referenced"
         assert not self._cached & self._refs.keys(), "a block is cached and referenced"
         assert all(refs > 0 for refs in self._refs.values()), "an active block has no holder"
+        active = Counter(block >> self._shift for block in self._refs)
+        for index, segment in self._segments.items():
+            counted = segment.num_active
+            assert counted == active[index], f"segment {index}: {active[index]} active blocks, {counted} counted"
+        assert self._num_total <= self._most_blocks, "the pool is larger than it has ever been"
         assert self._num_free + self.cached_blocks + self.active_blocks == self._num_total, "a block is lost"
+
+    def _blocks_of(self, index: int) -> range:
+        base = index << self._shift
+        return range(base, base + self._segments[index].num_blocks)
 
     def _free(self, block: int) -> None:
         self._segments[block >> self._shift].free.append(block)

@@ -2,41 +2,37 @@
 
 Both use these functions with the same inputs, so what is promised before loading is what is there afterwards.
 
-    device memory = headroom + weights + workspace + KV pool
-    KV pool       = segments of blocks of `block_size` tokens, each K and V of all layers
+    device memory = others + headroom + budget              (less where `vram_budget` allows less)
+    budget        = runtime + weights + workspace + graphs + draft (weights, KV) + KV pool + unused
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from edgekv.core.kv_format import KV_FORMATS, KVFormatName, KVPlan, context_need_bytes, plan_kv
+from edgekv.core.kv_format import KVShape as KVShape
+from edgekv.core.kv_format import kv_bytes_per_token as kv_bytes_per_token
 
 MIB = 1 << 20
 GIB = 1 << 30
 
-SEGMENT_BYTES = 64 * MIB
 GATHER_BYTES = 8 * MIB
+CAPPED_SCORES = 4 << 20  # scores that soft-capped attention writes out at a time
 EXACT_WEIGHT_BYTES = 1 * GIB
 MAIN_MEMORY_KV_BYTES = 4 * GIB  # a share that leaves a desktop with 16 GiB its memory
+DRAFT_KV_BYTES = 1 * GIB
+# A captured graph keeps its kernels' launch parameters on the card; activations are the workspace's (an estimate).
+GRAPH_NODE_BYTES = 32 << 10
+GRAPH_NODES_PER_LAYER = 12
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DeviceKind = Literal["cpu", "card"]
 
 DTYPE_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class KVShape(Protocol):
-    """What one token's keys and values depend on."""
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that keep keys and values."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key and value heads of a layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of one head."""
+# What a process holds before any weight: on a card the driver's context and the libraries' code (an estimate: 300 to
+# 600 MiB are reported); in main memory the interpreter with torch (170 MiB of its own with torch 2.13).
+RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 192 * MIB, "card": 512 * MIB}
 
 
 class ModelShape(KVShape, Protocol):
@@ -66,6 +62,14 @@ class ModelShape(KVShape, Protocol):
     def max_position_embeddings(self) -> int:
         """The longest context that the model knows."""
 
+    @property
+    def windows(self) -> Sequence[int | None]:
+        """How far back each layer looks; None for all of it."""
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """Whether attention scores are capped: those are computed in float32."""
+
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
@@ -76,103 +80,113 @@ class DtypeChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class KVPlan:
-    """A KV pool that fits a budget. `segments` holds the number of blocks of each; only the last may be smaller."""
+class Draft:
+    """A draft model to plan for. `kv_bytes`: its KV pool's budget, None to choose."""
 
-    bytes_per_token: int
-    block_size: int
-    block_bytes: int
-    segment_blocks: int
-    num_blocks: int
+    shape: ModelShape
+    dtype: DtypeName
+    kv_bytes: int | None = None
 
-    @property
-    def segments(self) -> tuple[int, ...]:
-        """Blocks of each segment."""
-        whole, rest = divmod(self.num_blocks, self.segment_blocks)
-        return (self.segment_blocks,) * whole + ((rest,) if rest else ())
 
-    @property
-    def pool_tokens(self) -> int:
-        """Tokens that the pool holds."""
-        return self.num_blocks * self.block_size
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What a draft model takes beside the target."""
+
+    weight_bytes: int
+    kv: KVPlan
+    dtype: DtypeName
 
     @property
-    def pool_bytes(self) -> int:
-        """Bytes that the pool takes."""
-        return self.num_blocks * self.block_bytes
-
-    def max_concurrency(self, context_tokens: int) -> float:
-        """How many requests of `context_tokens` fit at once."""
-        return self.pool_tokens / context_tokens
-
-    def capacity_lines(self, context_tokens: int) -> tuple[str, str]:
-        """The two lines that vLLM prints at load, in its words: scripts look for them ("GPU" on every device)."""
-        return (
-            f"GPU KV cache size: {self.pool_tokens:,} tokens",
-            f"Maximum concurrency for {context_tokens:,} tokens per request: "
-            f"{self.max_concurrency(context_tokens):.2f}x",
-        )
+    def num_bytes(self) -> int:
+        """Weights and KV pool."""
+        return self.weight_bytes + self.kv.pool_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Where every byte of the device goes. `kv` holds no block where the model leaves no room for one."""
+    """Where every byte of the device goes. `kv` holds no block where the model leaves no room for one.
+
+    `others_bytes` is what other programs held when it was planned; `most_bytes` the most that edgekv may have in all,
+    None for no such limit. `ceiling_blocks` is what the pool may grow to when others leave.
+    """
 
     total_bytes: int
+    others_bytes: int
     headroom_bytes: int
+    most_bytes: int | None
+    runtime_bytes: int
     weight_bytes: int
     workspace_bytes: int
+    graphs_bytes: int
     kv: KVPlan
+    ceiling_blocks: int
     context_tokens: int
     dtype: DtypeName
     kv_dtype: DtypeName
+    draft: DraftPlan | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        """All that may be leased: what others and the headroom leave, at most `most_bytes`."""
+        return max(0, self._room_bytes if self.most_bytes is None else min(self._room_bytes, self.most_bytes))
+
+    @property
+    def withheld_bytes(self) -> int:
+        """Room that there is and that `most_bytes` leaves to others."""
+        return max(0, self._room_bytes - self.budget_bytes)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Everything that is leased but the KV pool."""
+        draft = 0 if self.draft is None else self.draft.num_bytes
+        return self.runtime_bytes + self.weight_bytes + self.workspace_bytes + self.graphs_bytes + draft
+
+    @property
+    def leases(self) -> dict[str, int]:
+        """Bytes by the name of the lease that they go on; those of no bytes are left out."""
+        draft = self.draft
+        leases = {
+            "runtime": self.runtime_bytes,
+            "weights": self.weight_bytes,
+            "workspace": self.workspace_bytes,
+            "graphs": self.graphs_bytes,
+            "weights.draft": 0 if draft is None else draft.weight_bytes,
+            "kv.draft": 0 if draft is None else draft.kv.pool_bytes,
+            "kv.target": self.kv.pool_bytes,
+        }
+        return {name: num_bytes for name, num_bytes in leases.items() if num_bytes}
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """The most that the pool may have."""
+        return self.ceiling_blocks * self.kv.block_bytes
 
     @property
     def free_bytes(self) -> int:
-        """What stays unused; negative by what is missing."""
-        used = self.headroom_bytes + self.weight_bytes + self.workspace_bytes + self.kv.pool_bytes
-        return self.total_bytes - used
+        """What of the budget stays unused; negative by what is missing."""
+        return min(self._room_bytes, self.budget_bytes) - self.fixed_bytes - self.kv.pool_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """Memory that the weights and one block's worth of context would need beyond what there is."""
-        needed = self.headroom_bytes + self.weight_bytes + self.workspace_bytes + self.kv.block_bytes
-        return max(0, needed - self.total_bytes)
+        """Memory that all but the pool, and one block of it, would need beyond what there is."""
+        return max(0, self.fixed_bytes + self.kv.block_bytes - min(self._room_bytes, self.budget_bytes))
 
     @property
     def fits(self) -> bool:
         """Whether a request of the whole context can be served."""
         return self.missing_bytes == 0 and self.kv.pool_tokens >= self.context_tokens
 
-
-def kv_bytes_per_token(shape: KVShape, dtype_bytes: int) -> int:
-    """Bytes of K and V that one token keeps, over all layers."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype_bytes
-
-
-def segment_blocks(block_bytes: int, limit_bytes: int = SEGMENT_BYTES) -> int:
-    """Blocks of one segment: the largest power of two that stays within `limit_bytes`, at least 1."""
-    return 1 << max(0, (limit_bytes // block_bytes).bit_length() - 1)
-
-
-def plan_kv(shape: KVShape, *, kv_dtype_bytes: int, block_size: int, budget_bytes: int) -> KVPlan:
-    """The pool that `budget_bytes` hold: whole blocks only."""
-    bytes_per_token = kv_bytes_per_token(shape, kv_dtype_bytes)
-    block_bytes = bytes_per_token * block_size
-    return KVPlan(
-        bytes_per_token=bytes_per_token,
-        block_size=block_size,
-        block_bytes=block_bytes,
-        segment_blocks=segment_blocks(block_bytes),
-        num_blocks=max(0, budget_bytes) // block_bytes,
-    )
+    @property
+    def _room_bytes(self) -> int:
+        return self.total_bytes - self.others_bytes - self.headroom_bytes
 
 
 def workspace_bytes(
     shape: ModelShape,
     *,
+    device: DeviceKind,
     dtype_bytes: int,
-    kv_dtype_bytes: int,
+    kv_dtype: DtypeName,
     context_tokens: int,
     max_step_tokens: int,
     max_sequences: int,
@@ -182,13 +196,31 @@ def workspace_bytes(
     The widest moment of a layer holds the residual twice, q, k, v and the attention's output, or gate, up and their
     product; twice that, because an allocator keeps the one while the next is being made. Attention gathers one layer's
     K and V of the longest context, through a second buffer of that size; of shorter ones a few MiB at a time.
+    Converted to float32 they are kept a third time, with queries and results: float16 on a CPU, and where scores are
+    soft-capped, which also writes a tile of scores and its softmax. A card's attention wants its mask written out.
     """
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     widest = 2 * shape.hidden_size + max(heads, 3 * shape.intermediate_size)
     activations = 2 * max_step_tokens * widest * dtype_bytes
-    layer_context = 2 * shape.num_kv_heads * shape.head_dim * kv_dtype_bytes * context_tokens
+    kv_bytes = DTYPE_BYTES[kv_dtype]
+    gathered = max(GATHER_BYTES, 2 * shape.num_kv_heads * shape.head_dim * kv_bytes * context_tokens)
+    attention = 2 * gathered
+    capped = shape.attention_softcap is not None
+    if kv_bytes < 4 and (capped or (device == "cpu" and kv_dtype == "float16")):
+        attention += gathered * 4 // kv_bytes + 3 * 4 * max_step_tokens * shape.num_heads * shape.head_dim
+    if capped:
+        attention += 2 * 4 * min(CAPPED_SCORES, shape.num_heads * max_step_tokens * context_tokens)
+    if device == "card":
+        attention += max_step_tokens * context_tokens * kv_bytes
     logits = max_sequences * shape.vocab_size * (4 + 4 + 8)  # float32, its softmax, and int64 sorting indices
-    return activations + 2 * max(GATHER_BYTES, layer_context) + logits
+    return activations + attention + logits
+
+
+def graphs_bytes(shape: KVShape, *, device: DeviceKind, max_sequences: int) -> int:
+    """What captured decode graphs would keep on a card, one for each power of two of sequences: an estimate."""
+    if device == "cpu":
+        return 0
+    return shape.num_layers * GRAPH_NODES_PER_LAYER * GRAPH_NODE_BYTES * max_sequences.bit_length()
 
 
 def headroom_bytes(total_bytes: int) -> int:
@@ -196,10 +228,25 @@ def headroom_bytes(total_bytes: int) -> int:
     return max(512 * MIB, total_bytes * 6 // 100)
 
 
-def context_need_bytes(shape: KVShape, *, kv_dtype_bytes: int, block_size: int, context_tokens: int) -> int:
-    """Bytes of the blocks of one sequence that fills the context."""
-    blocks = -(-context_tokens // block_size)
-    return blocks * block_size * kv_bytes_per_token(shape, kv_dtype_bytes)
+def decode_read_bytes(
+    shape: ModelShape, *, dtype: DtypeName, kv_format: KVFormatName, block_size: int, context_tokens: int, tied: bool
+) -> int:
+    """The least that one decode step of one sequence reads: every weight once, and the keys and values it sees.
+
+    Of an embedding that is not the output head too (`tied`) it reads one row.
+    """
+    embedding = 0 if tied else shape.vocab_size * shape.hidden_size
+    weights = (shape.num_parameters - embedding) * DTYPE_BYTES[dtype]
+    layer_token = KV_FORMATS[kv_format].block_bytes(shape, block_size) / block_size / shape.num_layers
+    seen = sum(min(context_tokens, window or context_tokens) for window in shape.windows)
+    return weights + int(layer_token * seen)
+
+
+def beyond_window_bytes(shape: ModelShape, *, kv_format: KVFormatName, block_size: int, context_tokens: int) -> int:
+    """What of a full context lies behind the windows of layers that have one: kept today, and never read again."""
+    layer_block = KV_FORMATS[kv_format].block_bytes(shape, block_size) // shape.num_layers
+    blocks = sum(max(0, context_tokens - window) // block_size for window in shape.windows if window is not None)
+    return blocks * layer_block
 
 
 def auto_kv_budget(*, device: DeviceKind, free_bytes: int, one_context_bytes: int, max_sequences: int) -> int:
@@ -225,6 +272,22 @@ def choose_dtype(checkpoint: DtypeName, num_parameters: int, device: DeviceKind)
     return DtypeChoice(checkpoint, "as the checkpoint")
 
 
+def plan_draft(draft: Draft, *, free_bytes: int, block_size: int, context_tokens: int, max_sequences: int) -> DraftPlan:
+    """A draft's share of `free_bytes`, which the target's weights and workspace leave.
+
+    Unless told otherwise its pool gets DRAFT_KV_BYTES, at most a quarter of what is left, and never more than
+    `max_sequences` full contexts could use.
+    """
+    weights = draft.shape.num_parameters * DTYPE_BYTES[draft.dtype]
+    kv_bytes = draft.kv_bytes
+    if kv_bytes is None:
+        context = min(context_tokens, draft.shape.max_position_embeddings)
+        one = context_need_bytes(draft.shape, kv_format=draft.dtype, block_size=block_size, context_tokens=context)
+        kv_bytes = min(DRAFT_KV_BYTES, max_sequences * one, max(0, free_bytes - weights) // 4)
+    kv = plan_kv(draft.shape, kv_format=draft.dtype, block_size=block_size, budget_bytes=kv_bytes)
+    return DraftPlan(weights, kv, draft.dtype)
+
+
 def plan_memory(
     shape: ModelShape,
     *,
@@ -236,37 +299,82 @@ def plan_memory(
     context_tokens: int,
     max_sequences: int,
     max_step_tokens: int,
+    free_bytes: int | None = None,
+    reserve_bytes: int | None = None,
+    most_bytes: int | None = None,
+    runtime_bytes: int | None = None,
     kv_budget: int | float | None = None,
+    draft: Draft | None = None,
 ) -> MemoryPlan:
-    """Share `total_bytes` out. `kv_budget`: bytes (int), a share of the total (float), or None to choose."""
-    headroom = headroom_bytes(total_bytes)
+    """Share the device's `total_bytes` out.
+
+    Args:
+        shape: the model.
+        device: whether it is main memory or a card.
+        total_bytes: all memory of the device.
+        dtype: what the model computes in.
+        kv_dtype: what its keys and values are kept in.
+        block_size: tokens in a block.
+        context_tokens: the longest request, prompt and output.
+        max_sequences: sequences in one step.
+        max_step_tokens: tokens in one step.
+        free_bytes: what of it no program holds; None for all.
+        reserve_bytes: what to leave to others; None for the usual headroom of the whole device.
+        most_bytes: the most that may be leased in all; None for no limit.
+        runtime_bytes: what the process holds before the weights; None for an estimate.
+        kv_budget: the pool in bytes (int), as a share of what is free (float), or None to choose.
+        draft: a draft model beside it.
+    """
+    free = total_bytes if free_bytes is None else free_bytes
+    kept_free = headroom_bytes(total_bytes) if reserve_bytes is None else reserve_bytes
+    runtime = RUNTIME_BYTES[device] if runtime_bytes is None else runtime_bytes
     weights = shape.num_parameters * DTYPE_BYTES[dtype]
     workspace = workspace_bytes(
         shape,
+        device=device,
         dtype_bytes=DTYPE_BYTES[dtype],
-        kv_dtype_bytes=DTYPE_BYTES[kv_dtype],
+        kv_dtype=kv_dtype,
         context_tokens=context_tokens,
         max_step_tokens=max_step_tokens,
         max_sequences=max_sequences,
     )
-    free = total_bytes - headroom - weights - workspace
+    graphs = graphs_bytes(shape, device=device, max_sequences=max_sequences)
+    room, most = free - kept_free, total_bytes if most_bytes is None else most_bytes
+    left = min(room, most) - runtime - weights - workspace - graphs
+    drafted = None
+    if draft is not None:
+        drafted = plan_draft(
+            draft, free_bytes=left, block_size=block_size, context_tokens=context_tokens, max_sequences=max_sequences
+        )
+        left -= drafted.num_bytes
     if kv_budget is None:
         one_context = context_need_bytes(
-            shape, kv_dtype_bytes=DTYPE_BYTES[kv_dtype], block_size=block_size, context_tokens=context_tokens
+            shape, kv_format=kv_dtype, block_size=block_size, context_tokens=context_tokens
         )
         budget = auto_kv_budget(
-            device=device, free_bytes=free, one_context_bytes=one_context, max_sequences=max_sequences
+            device=device, free_bytes=left, one_context_bytes=one_context, max_sequences=max_sequences
         )
     else:
-        budget = kv_budget if isinstance(kv_budget, int) else int(total_bytes * kv_budget)
-    kv = plan_kv(shape, kv_dtype_bytes=DTYPE_BYTES[kv_dtype], block_size=block_size, budget_bytes=budget)
+        budget = kv_budget if isinstance(kv_budget, int) else int(free * kv_budget)
+    kv = plan_kv(shape, kv_format=kv_dtype, block_size=block_size, budget_bytes=budget)
+    ceiling = kv.num_blocks
+    if kv_budget is None and device == "card":
+        # What others hold now may be free later; their room is grown into then, and never before.
+        grown = left + min(total_bytes - kept_free, most) - min(room, most)
+        ceiling = max(ceiling, grown // kv.block_bytes)
     return MemoryPlan(
         total_bytes=total_bytes,
-        headroom_bytes=headroom,
+        others_bytes=total_bytes - free,
+        headroom_bytes=kept_free,
+        most_bytes=most_bytes,
+        runtime_bytes=runtime,
         weight_bytes=weights,
         workspace_bytes=workspace,
+        graphs_bytes=graphs,
         kv=kv,
+        ceiling_blocks=ceiling,
         context_tokens=context_tokens,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        draft=drafted,
     )

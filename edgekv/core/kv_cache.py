@@ -4,11 +4,13 @@ Runs in: engine thread; owns: the block pool and the prefix cache, and keeps the
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 
 from edgekv.core.block_pool import BlockPool, BlockState, OutOfBlocks
-from edgekv.core.prefix_cache import Match, Node, PrefixCache
+from edgekv.core.prefix_cache import Match, PrefixCache
+from edgekv.core.prefix_tree import Node
 from edgekv.core.sequence import Sequence
 from edgekv.core.step import BlockCopy
 
@@ -24,7 +26,9 @@ class _Chain:
 class KVCache:
     """The block tables of all running sequences.
 
-    Invariant: a block's reference count is the number of tables that hold it plus the pins of this step's copies.
+    Invariant: a block's reference count is the number of tables that hold it, plus the pins of this step's copies, plus
+    the names that it is pinned by. What is pinned by a name is a whole chain from its first block on, so none of its
+    nodes has one above that could be withdrawn and take it along.
 
     Args:
         pool: the blocks.
@@ -36,6 +40,8 @@ class KVCache:
         self.prefix = prefix
         self._chains: dict[int, _Chain] = {}
         self._pins: list[int] = []
+        self._pinned: dict[str, tuple[Node, ...]] = {}
+        self._num_pinned = 0
         self._tick = 0
 
     @property
@@ -47,6 +53,11 @@ class KVCache:
     def obtainable_blocks(self) -> int:
         """Blocks that an allocation can have: free ones, and cached ones through eviction."""
         return self.pool.free_blocks + self.pool.cached_blocks
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks that a name pins, each counted once: no shrinking gets below them."""
+        return self._num_pinned
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens`."""
@@ -142,7 +153,7 @@ class KVCache:
         for block in sequence.block_table:
             node = self.prefix.node_of(block)
             if node is not None and self.pool.refs(block) == 1:
-                self._reclaim(self.prefix.withdraw(node))
+                self.pool.reclaim(self.prefix.withdraw(node))
 
     def unpin(self) -> None:
         """The step's copies are done: let go of their sources."""
@@ -150,30 +161,72 @@ class KVCache:
             self._let_go(block)
         self._pins.clear()
 
-    def vacate(self, segment: int, running: Iterable[Sequence]) -> list[BlockCopy]:
-        """Empty a segment, so that it can be removed: evict what is cached in it, move what is held elsewhere.
+    def tell_time(self, now_s: float) -> None:
+        """The present on any clock, for reasons that say how long ago something was."""
+        if self.prefix is not None:
+            self.prefix.now_s = now_s
 
-        Between steps only. The block tables of `running` name the new blocks at once; the copies must be made before
-        they are used. Raises OutOfBlocks, having moved nothing, where the other segments cannot take the held blocks.
+    def chain(self, tokens: Listing[int], salt: bytes) -> tuple[Node, ...]:
+        """The published nodes of the leading full blocks of `tokens`."""
+        return () if self.prefix is None else self.prefix.chain(tokens, salt)
+
+    def pin_prefix(self, name: str, chain: Listing[Node], *, priority: int = 0) -> None:
+        """Hold a published chain by a name: until `unpin_prefix` none of its blocks is evicted or withdrawn.
+
+        Its nodes have that `priority` from now on and afterwards too, or the highest of several names'. Raises
+        ValueError for a name in use, an empty or broken chain, or a block that is not full.
+        """
+        if name in self._pinned:
+            raise ValueError(f"{name!r} pins a prefix already")
+        if not chain or chain[0].depth != 1:
+            raise ValueError(f"{name!r}: a chain begins with a first block")
+        for above, node in zip((None, *chain), chain, strict=False):
+            if not node.live or node.block is None or len(node.tokens) != self.block_size:
+                raise ValueError(f"{name!r}: node {node.depth} of the chain has no full published block")
+            if above is not None and node.parent is not above and not (node.parent and node.parent.original is above):
+                raise ValueError(f"{name!r}: node {node.depth} of the chain does not follow the one before it")
+        for node in chain:
+            self._retain(node)
+            self._num_pinned += node.pins == 0
+            node.priority = max(node.priority, priority) if node.pins else priority
+            node.pins += 1
+        self._pinned[name] = tuple(chain)
+
+    def unpin_prefix(self, name: str) -> None:
+        """Let go of what a name pinned; what nobody else holds is cached. Raises KeyError for an unknown name."""
+        for node in self._pinned.pop(name):
+            node.pins -= 1
+            self._num_pinned -= node.pins == 0
+            assert node.block is not None
+            self._let_go(node.block)
+
+    def vacate(self, segments: Collection[int], running: Iterable[Sequence]) -> list[BlockCopy]:
+        """Empty segments, so that they can be removed: evict what is cached in them, move what is held elsewhere.
+
+        Between steps only, and all that go in one call, so that nothing moves into one that goes next. The block tables
+        of `running` name the new blocks at once; the copies must be made before they are used. Raises OutOfBlocks,
+        having moved nothing, where the other segments cannot take the held blocks.
         """
         assert not self._pins, "a segment is vacated between steps"
-        for block in self.pool.held_blocks(segment):
-            if self.pool.state(block) is BlockState.CACHED:
-                self._withdraw(block)
-        held = self.pool.held_blocks(segment)
-        while self.pool.free_blocks_beside(segment) < len(held) and self.pool.cached_blocks:
+        if self.prefix is not None:
+            cached = (block for segment in segments for block in self.pool.cached_blocks_in(segment))
+            nodes = [node for block in cached if (node := self.prefix.node_of(block)) is not None]
+            self.pool.reclaim(self.prefix.withdraw_all(nodes))
+        held = [block for segment in segments for block in self.pool.active_blocks_in(segment)]
+        while self.pool.free_blocks_beside(segments) < len(held) and self.pool.cached_blocks:
             self._evict_one()
-        moves = dict(zip(held, self.pool.allocate(len(held), beside=segment), strict=True))
+        moves = dict(zip(held, self.pool.allocate(len(held), beside=segments), strict=True))
         for block, to in moves.items():
             self.pool.hand_over(block, to)
             if self.prefix is not None and self.prefix.node_of(block) is not None:
                 self.prefix.relocate(block, to)
         for sequence in running:
-            sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
+            if not moves.keys().isdisjoint(sequence.block_table):
+                sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
         return [BlockCopy(block, to, self.block_size) for block, to in moves.items()]
 
     def flush(self) -> int:
-        """Evict every cached block that nobody holds; returns how many."""
+        """Evict every cached block that nobody holds, which leaves those that are pinned; returns how many."""
         before = self.pool.free_blocks
         while self.pool.cached_blocks:
             self._evict_one()
@@ -188,13 +241,20 @@ class KVCache:
             assert len(set(table)) == len(table), f"sequence {sequence.id} holds a block twice"
             assert len(table) * self.block_size >= sequence.num_computed, f"sequence {sequence.id} has too few blocks"
             tables.update(table)
-        holders = tables + Counter(self._pins)
+        names: Counter[int] = Counter()
+        for name, chain in self._pinned.items():
+            assert all(node.live for node in chain), f"what {name!r} pins was withdrawn"
+            names.update(node.block for node in chain if node.block is not None)
+        assert len(names) == self._num_pinned, f"{len(names)} blocks are pinned, {self._num_pinned} counted"
+        holders = tables + Counter(self._pins) + names
         assert len(holders) == self.pool.active_blocks, "a referenced block is in no table"
         for block, refs in holders.items():
             assert self.pool.refs(block) == refs, f"block {block}: {self.pool.refs(block)} refs, {refs} holders"
             published = self.prefix is not None and self.prefix.node_of(block) is not None
             # Pins only read: what they hold may be withdrawn meanwhile, its content stays.
             assert tables[block] <= 1 or published, f"block {block} is shared but not published"
+            if self.prefix is not None and (node := self.prefix.node_of(block)) is not None:
+                assert node.pins == names[block], f"block {block} counts {node.pins} pins of {names[block]}"
         if self.prefix is not None:
             self.prefix.check_integrity()
             cached = sum(self.pool.state(block) is BlockState.CACHED for block in self.prefix.published_blocks())
@@ -217,18 +277,21 @@ class KVCache:
         assert self.prefix is not None
         for tail in self.prefix.shadowed_tails(parent, tokens, salt):
             if tail.block is not None and self.pool.state(tail.block) is BlockState.CACHED:
-                self._reclaim(self.prefix.withdraw(tail))
+                self.pool.reclaim(self.prefix.withdraw(tail))
 
     def _revived(self, nodes: Iterable[Node]) -> int:
         """How many of the nodes' blocks are counted as obtainable now and will not be once they are held."""
         return sum(n.block is not None and self.pool.state(n.block) is BlockState.CACHED for n in nodes)
 
     def _hold(self, node: Node) -> int:
+        node.last_used = self._tick
+        return self._retain(node)
+
+    def _retain(self, node: Node) -> int:
         assert node.block is not None
         assert self.prefix is not None
         self.pool.retain(node.block)
         self.prefix.withhold(node.block)
-        node.last_used = self._tick
         return node.block
 
     def _let_go(self, block: int) -> None:
@@ -244,18 +307,6 @@ class KVCache:
             self._evict_one()
         return self.pool.allocate(num_blocks)
 
-    def _withdraw(self, block: int) -> None:
-        assert self.prefix is not None
-        node = self.prefix.node_of(block)
-        assert node is not None
-        self._reclaim(self.prefix.withdraw(node))
-
     def _evict_one(self) -> None:
         assert self.prefix is not None
-        self._reclaim(self.prefix.evict())
-
-    def _reclaim(self, blocks: list[int]) -> None:
-        """Free the withdrawn blocks that nobody holds; held ones become free when their holders let go."""
-        for block in blocks:
-            if self.pool.state(block) is BlockState.CACHED:
-                self.pool.reclaim(block)
+        self.pool.reclaim(self.prefix.evict())

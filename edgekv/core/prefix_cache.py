@@ -1,23 +1,23 @@
-r"""Which published block holds which tokens: a tree of content-addressed blocks.
+r"""Which published block holds which tokens: what may be shared, what is evicted first, and why something was missed.
 
-Runs in: engine thread; owns: the published nodes and the order in which they are evicted.
+Runs in: engine thread; owns: the tree of published blocks and the order in which they are evicted.
 
     root(salt) --[t0..t15]--> node --[t16..t31]--> node --[t32..t40]--> tail (partly filled: only ever copied from)
                                  \--[t16'..t31']-> node
 
 A node's key is a strong hash of (parent key, token ids); the root's key is a hash of the salt, so that two salts never
-meet. A hit is believed only after comparing the parent node and the token ids themselves: a hash collision costs a
-miss, never a wrong block. Nodes whose block nobody holds are evicted by (priority, recency, tail before head).
+meet (but in what the operator pinned: see `prefix_tree`). A hit is believed only after comparing the parent node and
+the token ids themselves: a hash collision costs a miss, never a wrong block. Nodes whose block nobody holds are evicted
+by (priority, recency, tail before head).
 """
 
 import heapq
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from itertools import count
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, islice
 
-KEY_BYTES = 32
+from edgekv.core.prefix_tree import OPEN_SALT, Hasher, Node, PrefixTree, block_key, root_key
 
 # How many siblings with the same first token are compared, for partial reuse and for tails that it made worthless:
 # bounds the work when thousands of prompts share one system prompt.
@@ -26,87 +26,53 @@ MAX_SIBLINGS_COMPARED = 64
 # How many evicted keys are remembered, only to be able to say that a miss was an eviction.
 MAX_GHOSTS = 4096
 
-Hasher = Callable[[bytes, Sequence[int]], bytes]
-
-
-def block_key(parent_key: bytes, token_ids: Sequence[int]) -> bytes:
-    """The content address of a block: BLAKE2b-256 over the parent's key and the token ids (32-bit each)."""
-    return blake2b(parent_key + array("i", token_ids).tobytes(), digest_size=KEY_BYTES).digest()
-
-
-def root_key(salt: bytes) -> bytes:
-    """The key above a chain's first block; differs for each salt."""
-    return blake2b(salt, digest_size=KEY_BYTES, person=b"edgekv-prefix").digest()
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One published block. `live` turns false when it is withdrawn; a dead node is never matched or a parent.
-
-    A higher `priority` is evicted later. `stamp` names the node's valid entry in the eviction order, 0 while held.
-    """
-
-    key: bytes
-    parent: "Node | None"
-    tokens: tuple[int, ...]
-    block: int | None
-    depth: int
-    last_used: int = 0
-    priority: int = 0
-    live: bool = True
-    stamp: int = 0
-    children: dict[int, list["Node"]] = field(default_factory=dict)
-
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """The longest cached prefix: whole blocks to share, then `partial_tokens` to copy out of `partial`'s block.
 
-    `miss` says why it is not longer, as `kind: detail`; None where all but the last token was cached.
+    `miss` says why it is not longer, as `kind: detail`; None where all but the last token was cached. It tells whoever
+    asked nothing of what other salts have cached. `salt_differs` does, and is for the operator's eyes only: nothing
+    was found, and the first block is cached under another salt.
     """
 
     nodes: tuple[Node, ...] = ()
     partial: Node | None = None
     partial_tokens: int = 0
     miss: str | None = None
+    salt_differs: bool = False
 
     def cached_tokens(self, block_size: int) -> int:
         """Tokens that need not be computed."""
         return len(self.nodes) * block_size + self.partial_tokens
 
 
-class PrefixCache:
-    """The tree of published blocks.
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """How far token ids are known: `own` and `common` are the last nodes in the salt's own and in the open tree.
 
-    Invariant: every live node but a root has a live parent; a key names at most one live node; a block belongs to at
-    most one live node; the tokens of a live node never change.
+    None where that tree was left before; `nodes` are those whose blocks can be shared.
+    """
 
-    Args:
-        block_size: tokens in a full block.
-        hasher: replaces `block_key` (tests force collisions with it).
+    nodes: list[Node]
+    own: Node | None
+    common: Node | None
+
+
+class PrefixCache(PrefixTree):
+    """The published blocks as a cache.
+
+    `now_s` is a time on any clock, set now and then by who has one: then a miss can say how long ago a block was
+    evicted.
     """
 
     def __init__(self, block_size: int, hasher: Hasher = block_key) -> None:
-        self.block_size = block_size
-        self._hash = hasher
-        self._roots: dict[bytes, Node] = {}
-        self._by_key: dict[bytes, Node] = {}
-        self._by_block: dict[int, Node] = {}
+        super().__init__(block_size, hasher)
         self._order: list[tuple[int, int, int, int, Node]] = []
         self._stamps = count(1)
-        self._ghosts: dict[bytes, None] = {}
+        self._ghosts: OrderedDict[bytes, float | None] = OrderedDict()  # a dict's oldest takes long to find
+        self.now_s: float | None = None
         self.evictions = 0
-
-    def __len__(self) -> int:
-        return len(self._by_block)
-
-    def node_of(self, block: int) -> Node | None:
-        """The live node that publishes `block`."""
-        return self._by_block.get(block)
-
-    def published_blocks(self) -> list[int]:
-        """The blocks of all live nodes."""
-        return list(self._by_block)
 
     def extend_keys(self, keys: list[bytes], tokens: Sequence[int], salt: bytes) -> None:
         """Append to `keys` the keys of the full blocks of `tokens` that are not in it yet."""
@@ -124,22 +90,27 @@ class PrefixCache:
             salt: the one the keys were made with.
         """
         size, limit = self.block_size, len(tokens) - 1
-        root = self._roots.get(root_key(salt))
-        if root is None:
-            return Match(miss="other salt: nothing cached under this one" if self._roots else "cold: nothing cached")
-        nodes: list[Node] = []
-        tip = root
-        for index in range(limit // size):
-            node = self._by_key.get(keys[index])
-            if node is None or not self._holds(node, tip, tokens[index * size : (index + 1) * size]):
-                break
-            nodes.append(node)
-            tip = node
-        start = len(nodes) * size
-        partial, shared = self._closest_child(tip, tokens[start : min(start + size, limit)])
+        walk = self._walk(tokens, keys, salt, limit // size)
+        start = len(walk.nodes) * size
+        wanted = tuple(tokens[start : min(start + size, limit)])
+        partial, shared = self._closest_child(walk.own, wanted)
+        if not salt:
+            # Whoever has a salt shares whole open blocks only: token by token, `cached_tokens` would spell out the
+            # operator's text to anyone who guesses. Those without one hide nothing from each other.
+            other, other_shared = self._closest_child(walk.common, wanted)
+            if other_shared > shared:
+                partial, shared = other, other_shared
         if start + shared == limit:
-            return Match(tuple(nodes), partial, shared)
-        return Match(tuple(nodes), partial, shared, self._reason(tip, keys, len(nodes), shared))
+            return Match(tuple(walk.nodes), partial, shared)
+        miss = self._reason(walk, keys, tokens, shared, salt)
+        differs = start + shared == 0 and tuple(tokens[:size]) in self._first_blocks
+        return Match(tuple(walk.nodes), partial, shared, miss, differs)
+
+    def chain(self, tokens: Sequence[int], salt: bytes) -> tuple[Node, ...]:
+        """The nodes of the leading full blocks of `tokens`, as far as they are published."""
+        keys: list[bytes] = []
+        self.extend_keys(keys, tokens, salt)
+        return tuple(self._walk(tokens, keys, salt, len(keys)).nodes)
 
     def publish(self, block: int, parent: Node | None, tokens: Sequence[int], *, salt: bytes, tick: int) -> Node | None:
         """Publish a full block that follows `parent` (None: the first block of a sequence with this salt).
@@ -149,27 +120,31 @@ class PrefixCache:
         """
         if len(tokens) != self.block_size:
             raise ValueError(f"{len(tokens)} tokens do not fill a block of {self.block_size}")
-        parent = self._parent_or_root(parent, salt)
         content = tuple(tokens)
-        key = self._hash(parent.key, content)
-        present = self._by_key.get(key)
+        present = self._present(parent, content, salt)
         if present is not None:
-            self._drop_empty_root(parent)
-            return present if self._holds(present, parent, content) else None
-        node = self._attach(Node(key, parent, content, block, parent.depth + 1, last_used=tick))
-        self._by_key[key] = node
+            return present
+        place = self._place(parent, salt)
+        if place is None:
+            return None
+        key = self._hash(place.key, content)
+        if key in self._by_key:
+            self._drop_empty(place)
+            return None
         self._ghosts.pop(key, None)
-        return node
+        return self._attach(Node(key, place, content, block, place.depth + 1, last_used=tick, is_open=place.is_open))
 
     def publish_tail(self, block: int, parent: Node | None, tokens: Sequence[int], *, salt: bytes, tick: int) -> bool:
         """Publish a partly filled last block, to be copied from. False where a sibling already offers as much."""
-        parent = self._parent_or_root(parent, salt)
+        place = self._place(parent, salt)
+        if place is None:
+            return False
         content = tuple(tokens)
-        for sibling in self._siblings(parent, content):
+        for sibling in self._siblings(place, content):
             if sibling.tokens[: len(content)] == content:
-                self._drop_empty_root(parent)
+                self._drop_empty(place)
                 return False
-        self._attach(Node(b"", parent, content, block, parent.depth + 1, last_used=tick))
+        self._attach(Node(b"", place, content, block, place.depth + 1, last_used=tick, is_open=place.is_open))
         return True
 
     def touch(self, nodes: Sequence[Node], tick: int) -> None:
@@ -203,95 +178,57 @@ class PrefixCache:
                 return self.withdraw(node)
         raise LookupError("no cached block to evict")
 
-    def relocate(self, block: int, to: int) -> None:
-        """The content of `block` is in `to` from now on."""
-        node = self._by_block.pop(block)
-        node.block = to
-        self._by_block[to] = node
-
-    def withdraw(self, node: Node) -> list[int]:
-        """Take `node` and its descendants out of the tree; returns their blocks."""
-        self._detach(node)
-        blocks: list[int] = []
-        stack = [node]
-        while stack:
-            dead = stack.pop()
-            dead.live = False
-            assert dead.block is not None
-            blocks.append(dead.block)
-            del self._by_block[dead.block]
-            if len(dead.tokens) == self.block_size and self._by_key.get(dead.key) is dead:
-                del self._by_key[dead.key]
-                self._remember(dead.key)
-            for siblings in dead.children.values():
-                stack.extend(siblings)
-            dead.children.clear()
-        return blocks
-
     def shadowed_tails(self, parent: Node | None, tokens: Sequence[int], salt: bytes) -> list[Node]:
         """Tails below `parent` that are a proper prefix of `tokens`: worthless once `tokens` are published.
 
         Like a match, it looks at the latest siblings only; an older tail is left to be evicted.
         """
-        top = parent or self._roots.get(root_key(salt))
-        if top is None:
-            return []
+        place = self._find_place(parent, salt)
         content = tuple(tokens)
         return [
             sibling
-            for sibling in self._siblings(top, content)
+            for sibling in self._siblings(place, content)
             if len(sibling.tokens) < len(content) and content[: len(sibling.tokens)] == sibling.tokens
         ]
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError where the invariant does not hold."""
-        for block, node in self._by_block.items():
-            assert node.live, f"block {block} has a dead node"
-            assert node.block == block, f"block {block} is filed under {node.block}"
-            assert node.parent is not None, f"block {block} has no parent"
-            assert node.parent.live, f"block {block} hangs in the air"
-            assert node in node.parent.children[node.tokens[0]], f"block {block} is not its parent's child"
-            if len(node.tokens) == self.block_size:
-                assert self._by_key.get(node.key) is node, f"the key of block {block} names another block"
-                assert node.key == self._hash(node.parent.key, node.tokens), f"the key of block {block} is stale"
-        assert all(node.live and node.block in self._by_block for node in self._by_key.values()), "a key is stale"
-        assert all(root.children for root in self._roots.values()), "an empty root was kept"
+    def _walk(self, tokens: Sequence[int], keys: Sequence[bytes], salt: bytes, most_blocks: int) -> _Walk:
+        size = self.block_size
+        nodes: list[Node] = []
+        own = self._roots.get(root_key(salt))
+        common = None if salt == OPEN_SALT else self._roots.get(root_key(OPEN_SALT))
+        for index in range(most_blocks):
+            content = tuple(tokens[index * size : (index + 1) * size])
+            next_own = None if own is None else self._child(own, content, keys[index])
+            next_common = None if common is None else self._child(common, content)
+            if next_own is None:
+                found = next_common
+            elif next_own.original is not None:
+                found = next_own.original
+            else:
+                found, next_common = next_own, None
+            if found is None:
+                break
+            nodes.append(found)
+            own, common = next_own, next_common
+        return _Walk(nodes, own, common)
 
-    def _holds(self, node: Node, parent: Node, tokens: Sequence[int]) -> bool:
-        """Whether the node really is the block asked for, and not another whose key is the same."""
-        return node.parent is parent and node.tokens == tuple(tokens)
+    def _present(self, parent: Node | None, content: tuple[int, ...], salt: bytes) -> Node | None:
+        """The node whose block is shared for `content` after `parent`: the salt's own before an open one."""
+        place = self._find_place(parent, salt)
+        own = None if place is None else self._child(place, content)
+        if own is not None:
+            return own.original or own
+        top = self._roots.get(root_key(OPEN_SALT)) if parent is None else parent
+        return self._child(top, content) if top is not None and top.is_open else None
 
-    def _attach(self, node: Node) -> Node:
-        assert node.parent is not None
-        assert node.block is not None
-        assert node.block not in self._by_block, f"block {node.block} is published already"
-        node.parent.children.setdefault(node.tokens[0], []).append(node)
-        self._by_block[node.block] = node
-        return node
+    def _siblings(self, parent: Node | None, tokens: Sequence[int]) -> list[Node]:
+        """The latest nodes below `parent` that begin as `tokens` do and have a block."""
+        if parent is None or not tokens:
+            return []
+        latest = list(islice(reversed(parent.children.get(tokens[0], {})), MAX_SIBLINGS_COMPARED))
+        return [node for node in reversed(latest) if node.original is None]
 
-    def _detach(self, node: Node) -> None:
-        parent = node.parent
-        assert parent is not None
-        siblings = parent.children[node.tokens[0]]
-        siblings.remove(node)
-        if not siblings:
-            del parent.children[node.tokens[0]]
-        self._drop_empty_root(parent)
-
-    def _parent_or_root(self, parent: Node | None, salt: bytes) -> Node:
-        if parent is not None:
-            return parent
-        key = root_key(salt)
-        return self._roots.setdefault(key, Node(key, None, (), None, 0))
-
-    def _drop_empty_root(self, node: Node) -> None:
-        if node.parent is None and not node.children:
-            self._roots.pop(node.key, None)
-
-    def _siblings(self, parent: Node, tokens: Sequence[int]) -> list[Node]:
-        return parent.children.get(tokens[0], [])[-MAX_SIBLINGS_COMPARED:] if tokens else []
-
-    def _closest_child(self, tip: Node, wanted: Sequence[int]) -> tuple[Node | None, int]:
+    def _closest_child(self, tip: Node | None, wanted: Sequence[int]) -> tuple[Node | None, int]:
         best, best_shared = None, 0
         for child in self._siblings(tip, wanted):
             shared = _common_prefix(child.tokens, wanted)
@@ -299,17 +236,40 @@ class PrefixCache:
                 best, best_shared = child, shared
         return best, best_shared
 
-    def _reason(self, tip: Node, keys: Sequence[bytes], matched_blocks: int, shared: int) -> str:
-        if matched_blocks < len(keys) and keys[matched_blocks] in self._ghosts:
-            return f"evicted: block {matched_blocks} was cached once"
-        if tip.children:
-            return f"diverged: at token {shared} of block {matched_blocks} of the longest match"
-        return f"cold: nothing was cached after block {matched_blocks}"
+    def _reason(self, walk: _Walk, keys: Sequence[bytes], tokens: Sequence[int], shared: int, salt: bytes) -> str:
+        number = len(walk.nodes)
+        if number < len(keys):
+            size = self.block_size
+            above = root_key(OPEN_SALT) if number == 0 else None if walk.common is None else walk.common.key
+            lost = [keys[number]]
+            if above is not None:
+                lost.append(self._hash(above, tokens[number * size : (number + 1) * size]))
+            for key in lost:
+                if key in self._ghosts:
+                    return f"evicted: block {number}{self._ago(self._ghosts[key])}"
+        position = number * self.block_size + shared
+        if walk.own is not None and any(child.original is None for child in walk.own.below()):
+            return f"diverged: at token {position} of block {number} from the longest match"
+        common = [] if walk.common is None else list(walk.common.below())
+        if common and not salt:
+            return f"diverged: at token {position} of block {number} from the longest match, a pinned prompt"
+        if number and any(len(child.tokens) == self.block_size for child in common):
+            return f"diverged: in block {number} from the longest match, a pinned prompt"
+        if number == 0:
+            return "cold: nothing cached under this salt" if salt else "cold: nothing cached"
+        return f"cold: nothing was cached after block {number}"
 
-    def _remember(self, key: bytes) -> None:
-        self._ghosts[key] = None
-        if len(self._ghosts) > MAX_GHOSTS:
-            del self._ghosts[next(iter(self._ghosts))]
+    def _ago(self, evicted_s: float | None) -> str:
+        if evicted_s is None or self.now_s is None:
+            return " was cached once"
+        return f", {max(0.0, self.now_s - evicted_s):.0f} s ago"
+
+    def _remember(self, dead: Sequence[Node]) -> None:
+        for node in dead[-MAX_GHOSTS:]:
+            if len(node.tokens) == self.block_size and (node.original is None or not node.original.live):
+                self._ghosts[node.key] = self.now_s
+                if len(self._ghosts) > MAX_GHOSTS:
+                    self._ghosts.popitem(last=False)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -13,11 +13,14 @@ from collections import deque
 from dataclasses import dataclass
 
 from edgekv.core.reading import Reading
-from edgekv.core.spill import Condition, Headroom, SpillDetector, State
+from edgekv.core.spill import MIB, THRASH_WINDOW_S, Condition, Headroom, SpillDetector, State
 
 PATIENCE_S = 10.0
 PATIENCE_MOST_S = 600.0
 SETTLE_S = 1.5  # freed memory takes 0.5 to 1.5 s to show in the counters
+SETTLE_UNTOLD_S = 0.5  # as long as is believed in it where our own share is not told
+FULL_BYTES = 32 * MIB
+HASTE_S = 2.0  # longer than memory takes to show: another lack this soon is still the same one
 FROZEN_S = 2.0  # a reading older than this allows no growth, and holds nothing up either
 GIVE_UP_S = 30.0
 THRASH_SHARE_GIVEN_BACK = 0.1
@@ -66,11 +69,12 @@ class Decision:
 
 @dataclass(slots=True)
 class _Return:
-    """Memory given back: how much, when that was heard of, and what was ours just before."""
+    """Memory given back: how much, when that was heard of, and what was ours and everybody's before it was ordered."""
 
     num_bytes: int
     at: float
     own_before: int
+    used_before: int
 
 
 class PressurePolicy:
@@ -89,21 +93,31 @@ class PressurePolicy:
         self._others: deque[tuple[float, int]] = deque()  # a falling maximum: (at, bytes), oldest and largest first
         self._facts: PoolFacts | None = None
         self._asked_after: int | None = None
+        self._before: tuple[int, int] | None = None  # what was ours and everybody's when the last resize was ordered
         self._returns: list[_Return] = []
-        self._own_bytes = 0
+        self._own_bytes = self._used_bytes = 0
+        self._haste = 1
         self._grown_at: float | None = None
         self._taken_at: float | None = None
         self._pressed_at: float | None = None
+        self._refused_at: float | None = None
+        self._asked_to_grow = False
+        self._harmed_at: float | None = None
         self._thrashed_at: float | None = None
         self._stuck_since: float | None = None
 
-    def observe(self, reading: Reading, facts: PoolFacts | None, *, busy: bool, now: float) -> Decision:
+    def observe(
+        self, reading: Reading, facts: PoolFacts | None, *, busy: bool, now: float, starved: bool = False
+    ) -> Decision:
         """What to do after `reading`. `facts`: None while no engine runs; `busy`: whether requests are open.
 
-        `now` is the present on the reading's clock; a stale reading is older than that.
+        `now` is the present on the reading's clock; a stale reading is older than that. `starved`: sequences wait and
+        none runs; for them the pool grows also where it otherwise would not yet, though never into others' room.
         """
         if facts is not None:
             self._hear(facts, now)
+        else:
+            self._facts = None  # the next that is heard is of a new engine, which knows of no order
         leased = facts.leased_bytes if facts is not None else 0
         unseen = self._unseen(reading, now)
         condition = self.detector.observe(reading, unseen)
@@ -111,7 +125,9 @@ class PressurePolicy:
         others = reading.others_bytes(leased + (unseen if reading.own_bytes is None else 0))
         if fresh:
             self._remember(reading.at, others)
-            self._own_bytes = reading.own_bytes if reading.own_bytes is not None else leased
+            ours = _ours(reading)
+            self._own_bytes = leased if ours is None else ours
+            self._used_bytes = reading.used_bytes
         peak = max((num_bytes for _, num_bytes in self._others), default=others)
         budget = max(0, reading.total_bytes - self.headroom.num_bytes - peak)
         if self._most_bytes is not None:
@@ -120,12 +136,14 @@ class PressurePolicy:
         if facts is not None and fresh and not self._resizing(facts):
             shrink = self._shrink(reading, facts, condition, unseen, now)
             if not shrink:
-                grow = self._grow(reading, facts, condition, budget, busy=busy)
+                grow = self._grow(reading, facts, condition, budget, busy=busy, starved=starved)
         if shrink:
-            self._note_pressure(now)
+            self._note_pressure(condition, now)
         if shrink or grow:
             assert facts is not None
             self._asked_after = facts.num_resizes
+            self._asked_to_grow = grow > 0
+            self._before = (self._own_bytes, self._used_bytes)
         self._relax(now)
         calm = condition.state is State.OK and not condition.suspected_bytes and not (shrink or grow)
         quiet = calm and not busy and not self._returns and fresh
@@ -149,36 +167,49 @@ class PressurePolicy:
         self._facts = facts
         if before is None or facts.num_resizes < before.num_resizes:  # the first word of a new engine
             self._returns.clear()
-            self._asked_after = self._grown_at = self._taken_at = None
+            self._asked_after = self._grown_at = self._taken_at = self._refused_at = None
+            self._before = None
             return
         given_back = facts.given_back_bytes - before.given_back_bytes
         if given_back > 0:
-            self._returns.append(_Return(given_back, now, self._own_bytes))
+            # A reading may have shown it before the engine could say so.
+            own_before, used_before = self._before or (self._own_bytes, self._used_bytes)
+            self._returns.append(_Return(given_back, now, own_before, used_before))
         if facts.taken_bytes > before.taken_bytes:
-            self._grown_at = self._taken_at = now
+            self._taken_at = now
+            # Only what grows again after it had to shrink was grown too soon when it has to shrink once more.
+            self._grown_at = now if self._pressed_at is not None else None
+        elif self._asked_to_grow and facts.num_resizes > before.num_resizes:
+            self._refused_at = now  # there was room on paper, but the device had it not
+        if facts.num_resizes > before.num_resizes:
+            self._before = None
 
     def _resizing(self, facts: PoolFacts) -> bool:
         return self._asked_after is not None and facts.num_resizes <= self._asked_after
 
     def _unseen(self, reading: Reading, now: float) -> int:
         """Bytes given back that `reading` cannot show yet."""
-        recent = [back for back in self._returns if now - back.at < SETTLE_S]
+        ours = _ours(reading)
+        settle_s = SETTLE_UNTOLD_S if ours is None else SETTLE_S
+        recent = [back for back in self._returns if now - back.at < settle_s]
         if not recent:
             return 0
         given_back = sum(back.num_bytes for back in recent)
-        if reading.own_bytes is None:
-            return given_back
-        expected = recent[0].own_before - given_back
-        return min(given_back, max(0, reading.own_bytes - expected))
+        if ours is None:
+            missing = reading.used_bytes - (recent[0].used_before - given_back)
+        else:
+            missing = ours - (recent[0].own_before - given_back)
+        return min(given_back, max(0, missing))
 
     def _unreturned(self, reading: Reading, now: float) -> int:
         """What of the bytes given back long enough ago still shows as ours; each return is looked at once."""
         old = [back for back in self._returns if now - back.at >= SETTLE_S]
         self._returns = [back for back in self._returns if now - back.at < SETTLE_S]
-        if not old or reading.own_bytes is None or self._taken_since(old[0].at):
+        ours = _ours(reading)
+        if not old or ours is None or self._taken_since(old[0].at):
             return 0
         given_back = sum(back.num_bytes for back in (*old, *self._returns))
-        return min(sum(b.num_bytes for b in old), max(0, reading.own_bytes - (old[0].own_before - given_back)))
+        return min(sum(b.num_bytes for b in old), max(0, ours - (old[0].own_before - given_back)))
 
     def _taken_since(self, at: float) -> bool:
         return self._taken_at is not None and self._taken_at >= at
@@ -192,7 +223,9 @@ class PressurePolicy:
         while at - self._others[0][0] > self.patience_s:
             self._others.popleft()
 
-    def _note_pressure(self, now: float) -> None:
+    def _note_pressure(self, condition: Condition, now: float) -> None:
+        if condition.state in (State.SPILLED, State.THRASH):
+            self._harmed_at = now
         if self._grown_at is not None and now - self._grown_at < PATIENCE_MOST_S:
             self.patience_s = min(2 * self.patience_s, PATIENCE_MOST_S)
         self._grown_at = None
@@ -209,35 +242,60 @@ class PressurePolicy:
         if facts.kv_bytes <= facts.floor_bytes:
             return 0
         free = reading.free_bytes + unseen
-        missing = max(0, self.headroom.num_bytes - free)
-        match condition.state:
-            case State.SPILLED:
-                return max(missing, condition.spilled_bytes - unseen, 1)
-            case State.CRITICAL:
-                return missing
-            case State.THRASH if self._thrashed_at is None or now - self._thrashed_at >= SETTLE_S:
-                self._thrashed_at = now
-                return max(missing, int(facts.kv_bytes * THRASH_SHARE_GIVEN_BACK), 1)
-        return missing if free < self.headroom.critical_bytes else 0
+        # What does not fit shows as ours driven out of the card before it shows as anything else.
+        missing = max(0, self.headroom.num_bytes - free + condition.suspected_bytes)
+        wanted = missing * self._hasten(reading, now) if free < self.headroom.critical_bytes else 0
+        if condition.state is State.SPILLED:
+            # Until what was given back has settled, the spill that is still to be seen may have healed with it.
+            wanted = max(wanted, condition.spilled_bytes - unseen, 0 if self._returns else 1)
+        elif condition.state is State.THRASH and (
+            self._thrashed_at is None or now - self._thrashed_at >= THRASH_WINDOW_S
+        ):
+            self._thrashed_at = now
+            wanted = max(wanted, int(facts.kv_bytes * THRASH_SHARE_GIVEN_BACK), 1)
+        return wanted
+
+    def _hasten(self, reading: Reading, now: float) -> int:
+        """Twice as much each time that it was not enough at once: a full card does not show how much more is wanted.
+
+        Where there is something left, or what does not fit shows as spilled, the lack is known. Where our own share is
+        not told, "not enough" may as well be "not visible yet".
+        """
+        hidden = reading.free_bytes < FULL_BYTES and not reading.spilled_own_bytes and reading.own_bytes is not None
+        again = hidden and self._pressed_at is not None and now - self._pressed_at < HASTE_S
+        self._haste = 2 * self._haste if again else 1
+        return self._haste
 
     def _grow(
-        self, reading: Reading, facts: PoolFacts, condition: Condition, budget_bytes: int, *, busy: bool
+        self,
+        reading: Reading,
+        facts: PoolFacts,
+        condition: Condition,
+        budget_bytes: int,
+        *,
+        busy: bool,
+        starved: bool,
     ) -> int:
-        if condition.state is not State.OK or condition.suspected_bytes or self._returns:
-            return 0
-        if self._pressed_at is not None and reading.at - self._pressed_at < self.patience_s:
+        room_is_bad = condition.state is not State.OK and not (starved and condition.state is State.PRESSURE)
+        if room_is_bad or condition.suspected_bytes or self._waits(reading.at):
             return 0
         # What is leased may not be allocated yet (workspace), and what is ours may be on no lease (a driver's context).
         own = max(facts.leased_bytes, reading.own_bytes or 0)
-        room = min(
-            budget_bytes - own,
-            reading.free_bytes - self.headroom.num_bytes - (own - (reading.own_bytes or own)),
-            facts.ceiling_bytes - facts.kv_bytes,
-        )
+        room = min(budget_bytes - own, facts.ceiling_bytes - facts.kv_bytes)
         if room < facts.segment_bytes and facts.kv_bytes + room < facts.ceiling_bytes:
             return 0
         # One at a time beside running requests: clearing a new segment takes as long as several steps.
         return min(room, facts.segment_bytes * (1 if busy else 4)) if room > 0 else 0
+
+    def _waits(self, at: float) -> bool:
+        """Whether it is too soon to grow.
+
+        The budget remembers by itself what others had. It does not remember that memory of ours went astray, or that a
+        device had less than it said.
+        """
+        settle_s = SETTLE_S * self.patience_s / PATIENCE_S
+        waits = ((self._pressed_at, settle_s), (self._harmed_at, self.patience_s), (self._refused_at, self.patience_s))
+        return any(since is not None and at - since < wait_s for since, wait_s in waits)
 
     def _holds(self, condition: Condition, facts: PoolFacts | None, reading: Reading, now: float) -> bool:
         spilled = condition.state is State.SPILLED or condition.suspected_bytes > 0
@@ -254,3 +312,10 @@ class PressurePolicy:
             self._stuck_since = None
             return False
         return True
+
+
+def _ours(reading: Reading) -> int | None:
+    """Our own share, with what was driven out of a card: it is not on the card, and comes back unless it is freed."""
+    if reading.own_bytes is None or reading.unified:
+        return reading.own_bytes
+    return reading.own_bytes + reading.spilled_own_bytes

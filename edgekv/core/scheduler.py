@@ -5,19 +5,31 @@ Runs in: engine thread; owns: the waiting and running sequences (their blocks ar
 There is no prefill phase and no decode phase: every step takes one token of each decoding sequence first, then chunks
 of prompts up to the step's token budget, then admits waiting sequences into what is left.
 
-Why an admitted sequence finishes: a preemption takes the sequence with the least to recompute among those of the
-lowest priority, so the one of the highest priority with the most done is never taken while another runs; it goes on,
-ends, and then the next one is that one. A sequence that could not hold all its tokens alone is refused at submission.
+Why an admitted sequence finishes, in a pool that has come back to its size (`most_blocks`):
+
+- Alone, it fits: one that could not hold all its tokens then is refused at submission.
+- Running, it is preempted a bounded number of times. A preemption takes the sequence with the least to recompute among
+  those of the lowest priority; but whoever was preempted SPARED_AFTER times is taken only when all that run are such,
+  and of those the youngest goes. So each sequence is taken SPARED_AFTER times and then only beside older spared ones,
+  which are finitely many; the oldest of them is never taken while another runs, it goes on and ends.
+- Waiting, its turn comes: lines of priorities share the turns by weight, in a line the preempted ones are first, and
+  whoever has the turn waits for blocks and is not overtaken.
+
+While the pool is smaller than that, because others need the memory, a sequence that does not fit it at all is passed
+over, so that those that do can run. That costs it nothing: no order could run it now. With the pool back it is at its
+place in the line again, before all that came later.
 """
 
-from bisect import insort
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from edgekv.core.block_pool import OutOfBlocks
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec, Stage
 from edgekv.core.step import BlockCopy, Chunk, Finished, Sampled, Started, StepPlan, TokenOut
+from edgekv.core.waiting import WaitingLines, rank
+
+SPARED_AFTER = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +38,14 @@ class Limits:
 
     `max_step_tokens` bounds every step; `mixed_step_tokens` one with decodes in it, so that a long prompt never holds
     up running streams for longer than that many tokens take. Where decodes are more than half of that, prompts get as
-    many tokens again, or many streams would keep out all others.
+    many tokens again, or many streams would keep out all others. `weights` are the shares in which priorities are let
+    in where several wait (see `WaitingLines`).
     """
 
     max_sequences: int = 16
     max_step_tokens: int = 512
     mixed_step_tokens: int = 128
+    weights: Mapping[int, int] = field(default_factory=lambda: {0: 10, 10: 1})
 
     def step_tokens(self, num_decodes: int) -> int:
         """The most tokens of a step with so many decodes."""
@@ -49,6 +63,14 @@ class Counters:
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Vacated:
+    """Segments that are empty now, and the copies to make before they go."""
+
+    segments: tuple[int, ...]
+    copies: tuple[BlockCopy, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +93,7 @@ class Scheduler:
         self.limits = limits
         self.counters = Counters()
         self.misses: dict[str, int] = {}
-        self._waiting: list[Sequence] = []
+        self._waiting = WaitingLines(limits.weights)
         self._running: dict[int, Sequence] = {}
         self._prefilling_keys: dict[bytes, int] = {}
         self._started: list[Started] = []
@@ -81,7 +103,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether any sequence is unfinished."""
-        return bool(self._waiting or self._running)
+        return len(self._waiting) > 0 or bool(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -98,13 +120,23 @@ class Scheduler:
         """The sequences that hold blocks, for integrity checks."""
         return list(self._running.values())
 
+    @property
+    def floor_blocks(self) -> int:
+        """What `vacate` leaves of the pool at least, in whole segments: pinned blocks stay."""
+        pinned = self.cache.pinned_blocks
+        if pinned == 0:
+            return 0
+        pool = self.cache.pool
+        return pool.total_blocks - sum(pool.segments[i] for i in self._cheapest_segments(pool.total_blocks, pinned, ()))
+
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence. Raises ValueError for a prompt or a length that cannot be served."""
         if not spec.prompt:
             raise ValueError(f"sequence {spec.id} has an empty prompt")
         if spec.sampling.max_tokens < 1:
             raise ValueError(f"sequence {spec.id}: max_tokens is {spec.sampling.max_tokens}, must be at least 1")
-        longest = self.cache.pool.total_blocks * self.cache.block_size
+        sequence = Sequence.from_spec(spec, self._arrivals + 1)
+        longest = (self.cache.pool.most_blocks - self._pinned_for_others(sequence)) * self.cache.block_size
         if len(spec.prompt) + spec.sampling.max_tokens > longest:
             raise ValueError(
                 f"sequence {spec.id}: {len(spec.prompt)} + {spec.sampling.max_tokens} tokens never fit "
@@ -114,7 +146,7 @@ class Scheduler:
             raise ValueError(f"sequence {spec.id} is here already")
         self._arrivals += 1
         self.counters.prompt_tokens += len(spec.prompt)
-        self._enqueue(Sequence.from_spec(spec, self._arrivals))
+        self._waiting.add(sequence)
 
     def abort(self, sequence_id: int) -> bool:
         """Drop a sequence and free its blocks at once. False if it is not here (it ended already)."""
@@ -129,11 +161,11 @@ class Scheduler:
         return False
 
     def plan(self) -> StepPlan:
-        """Choose the next step. Empty when nothing can run (then a waiting sequence cannot fit: see `hopeless`)."""
+        """Choose the next step. Empty when nothing can run (then whoever waits cannot fit: see `hopeless`)."""
         chunks: dict[int, Chunk] = {}
         preempted: list[int] = []
         copies: list[BlockCopy] = []
-        ordered = sorted(self._running.values(), key=_rank)
+        ordered = sorted(self._running.values(), key=rank)
         for sequence in ordered:
             if sequence.num_uncomputed == 1 and self._make_room(sequence, chunks, preempted):
                 chunks[sequence.id] = self._chunk(sequence, 1)
@@ -206,22 +238,26 @@ class Scheduler:
         self._most_running = most_running
         return True
 
-    def vacate_segment(self) -> tuple[int, list[BlockCopy]] | None:
-        """Empty the segment that costs least, preempting where the others cannot take its blocks.
+    def vacate(self, num_blocks: int, *, keep_promises: bool, first: Listing[int] = ()) -> Vacated:
+        """Empty the segments that cost least, of `num_blocks` or a little more; between steps only.
 
-        Returns its index and the copies to make; the segment itself is still there, and free. None where what would be
-        left could not hold every admitted sequence at its full length: a promise is not broken for memory.
+        Preempts those that are cheapest to lose while the other segments cannot take the held blocks. Gives less, down
+        to nothing, where what would be left could not hold pinned blocks or, with `keep_promises`, the longest of the
+        admitted sequences. Segments `first` go before all others.
         """
         pool = self.cache.pool
-        segment = pool.emptiest_segment()
-        if segment is None or pool.total_blocks - pool.segments[segment] < self._largest_need_blocks():
-            return None
+        promised = self._largest_need_blocks() if keep_promises else 0
         while True:
-            try:
-                return segment, self.cache.vacate(segment, self._running.values())
-            except OutOfBlocks:
-                self._preempt(max(self._running.values(), key=_cheapness))
-                self.counters.preemptions += 1
+            least = max(promised, 0 if self._running else pool.active_blocks)
+            segments = self._cheapest_segments(num_blocks, least, first)
+            left = pool.total_blocks - sum(pool.segments[index] for index in segments)
+            if pool.active_blocks <= left:
+                break
+            # Whoever does not fit alone has to go in any case; perhaps the others need not then.
+            victims = [s for s in self._running.values() if len(s.block_table) > left] or self._running.values()
+            self._preempt(max(victims, key=_cheapness))
+            self.counters.preemptions += 1
+        return Vacated(segments, tuple(self.cache.vacate(segments, self._running.values())))
 
     def take_started(self) -> tuple[Started, ...]:
         """The sequences scheduled for the first time since the last call."""
@@ -229,8 +265,17 @@ class Scheduler:
         return started
 
     def hopeless(self) -> Listing[int]:
-        """The head of the queue, when nothing runs and it still cannot be admitted: the pool has become too small."""
-        return [self._waiting[0].id] if self._waiting and not self._running else []
+        """Whose turn it is, when nothing runs and it still cannot be admitted: the pool has become too small for it.
+
+        Nobody while the pool is smaller than it may be: its blocks come back, and who waits for them is only late.
+        """
+        pool = self.cache.pool
+        if self._running or pool.total_blocks < pool.most_blocks:
+            return []
+        head = next(self._waiting.turns(), None)
+        if head is None or self.cache.can_admit(head, self.cache.match(head), reserve_blocks=0):
+            return []
+        return [head.id]
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
@@ -238,6 +283,7 @@ class Scheduler:
         for sequence in self._running.values():
             assert sequence.stage is Stage.RUNNING, f"sequence {sequence.id} runs as {sequence.stage}"
             assert sequence.num_uncomputed >= 1, f"sequence {sequence.id} has nothing left to compute"
+        self._waiting.check_integrity()
         for sequence in self._waiting:
             waits = sequence.stage in (Stage.WAITING, Stage.PREEMPTED)
             assert waits, f"sequence {sequence.id} waits as {sequence.stage}"
@@ -246,20 +292,40 @@ class Scheduler:
 
     def _largest_need_blocks(self) -> int:
         needs = (s.num_prompt + s.spec.sampling.max_tokens for s in (*self._waiting, *self._running.values()))
-        return self.cache.blocks_for(max(needs, default=1))
+        return self.cache.blocks_for(max(needs, default=1)) + self.cache.pinned_blocks
+
+    def _pinned_for_others(self, sequence: Sequence) -> int:
+        """Pinned blocks that the sequence cannot share: they are no room for it, ever."""
+        if self.cache.pinned_blocks == 0:
+            return 0
+        return self.cache.pinned_blocks - sum(node.pins > 0 for node in self.cache.match(sequence).nodes)
+
+    def _cheapest_segments(self, num_blocks: int, least_blocks: int, first: Listing[int]) -> tuple[int, ...]:
+        """Segments to remove, in the order of their cost, so that at least `least_blocks` are left."""
+        pool, chosen, removed = self.cache.pool, list[int](), 0
+        for index in sorted(pool.emptiest_segments(), key=lambda index: index not in first):
+            if removed >= num_blocks:
+                break
+            if pool.total_blocks - removed - pool.segments[index] >= least_blocks:
+                chosen.append(index)
+                removed += pool.segments[index]
+        return tuple(chosen)
 
     def _admit(self, chunks: dict[int, Chunk], budget: int) -> list[BlockCopy]:
         copies: list[BlockCopy] = []
-        for sequence in list(self._waiting):
+        for sequence in self._waiting.turns():
             if budget <= 0 or len(self._running) >= (self._most_running or self.limits.max_sequences):
                 break
+            room = self.cache.pool.total_blocks - self._pinned_for_others(sequence)
+            if self.cache.blocks_for(len(sequence.tokens)) > room:
+                continue  # it waits for the pool to grow, and nobody waits for it meanwhile
             match = self.cache.match(sequence)
             if self._comes_soon(sequence, len(match.nodes)):
                 continue  # its prefix is being computed for another: waiting costs less than computing it twice
             # One block in reserve for each running sequence, so that admitting does not preempt at the next boundary.
             if not self.cache.can_admit(sequence, match, reserve_blocks=len(self._running)):
                 break  # first come, first served: nobody overtakes a sequence that waits for memory
-            self._waiting.remove(sequence)
+            self._waiting.serve(sequence)
             copies += self.cache.admit(sequence, match)
             self._running[sequence.id] = sequence
             sequence.stage = Stage.RUNNING
@@ -295,7 +361,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence, Stage.PREEMPTED)
         sequence.num_preemptions += 1
-        self._enqueue(sequence)
+        self._waiting.add(sequence)
 
     def _stop_running(self, sequence: Sequence, stage: Stage) -> None:
         del self._running[sequence.id]
@@ -305,9 +371,6 @@ class Scheduler:
         sequence.stage = stage
         for key in [k for k, owner in self._prefilling_keys.items() if owner == sequence.id]:
             del self._prefilling_keys[key]
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        insort(self._waiting, sequence, key=_rank)
 
     def _note_start(self, sequence: Sequence, miss: str | None) -> None:
         if sequence.cached_tokens is not None:
@@ -336,14 +399,14 @@ class Scheduler:
                     del self._prefilling_keys[key]
 
 
-def _rank(sequence: Sequence) -> tuple[int, bool, int]:
-    """The order of service: priority, then preempted ones, then arrival."""
-    return sequence.spec.priority, sequence.stage is not Stage.PREEMPTED, sequence.arrival
+def _cheapness(sequence: Sequence) -> tuple[bool, int, int, int]:
+    """The greatest is preempted first: lowest priority, then least to recompute, then the youngest.
 
-
-def _cheapness(sequence: Sequence) -> tuple[int, int, int]:
-    """The greatest is preempted first: lowest priority, then least to recompute, then the youngest."""
-    return sequence.spec.priority, -sequence.num_computed, sequence.arrival
+    The spared come after all others, whatever their priority, and of them the youngest is first.
+    """
+    if sequence.num_preemptions >= SPARED_AFTER:
+        return False, 0, 0, sequence.arrival
+    return True, sequence.spec.priority, -sequence.num_computed, sequence.arrival
 
 
 def _finish_reason(sequence: Sequence) -> FinishReason | None:

@@ -116,6 +116,7 @@ class MemoryStats:
     """Where the device's memory went: bytes by lease, and of what they hold (`earmarks`: name to (lease, bytes)).
 
     `budget_bytes` is the ledger's; `wanted_budget_bytes` the one last ordered, lower while the leases are above it.
+    `shortfall` says why the latest growth was less than ordered, None where it was not.
     """
 
     leases: dict[str, int]
@@ -124,11 +125,12 @@ class MemoryStats:
     facts: PoolFacts
     earmarks: dict[str, tuple[str, int]] = field(default_factory=dict)
     held: bool = False
+    shortfall: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot after a step; counters only grow. `most_blocks` is the largest that the pool has ever been."""
+    """A snapshot after a step; counters only grow. `most_blocks`: what the pool has had and may have again."""
 
     pool: PoolStats
     running: int

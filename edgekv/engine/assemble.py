@@ -5,6 +5,7 @@ Runs in: engine thread; owns: nothing once it returns. The plan comes from `edge
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,10 @@ from edgekv.core.sequence import Sequence, SequenceSpec
 from edgekv.core.step import Chunk, StepPlan
 from edgekv.engine.core import EngineCore
 from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.pinned import PinnedPrefixes
+from edgekv.engine.pinned_text import encode_pinned
 from edgekv.engine.runner import Runner
+from edgekv.engine.runtime import measure_runtime
 from edgekv.engine.sampler import Sampler, SampleRow
 from edgekv.engine.segments import Segments
 from edgekv.engine.settings import KV_LEASE, EngineSettings, lease, plan_engine
@@ -27,6 +31,8 @@ from edgekv.model.hf_config import read_generation_config, read_spec
 from edgekv.model.loader import load_model
 from edgekv.model.spec import GenerationDefaults, ModelSpec
 from edgekv.smi.device import Place
+from edgekv.smi.reader import Source
+from edgekv.smi.sources import sources_for
 from edgekv.text.chat_template import ChatTemplate, load_chat_template
 from edgekv.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,7 +45,10 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What was built: the model's shape and texts, and where every byte went (`leases`, by name)."""
+    """What was built: the model's shape and texts, and where every byte went (`leases`, by name).
+
+    `runtime_reason` says how the bytes of the lease `runtime` are known.
+    """
 
     spec: ModelSpec
     generation: GenerationDefaults
@@ -50,17 +59,32 @@ class Assembly:
     memory: MemoryPlan
     leases: dict[str, int]
     pool_tokens: int
+    runtime_reason: str
 
 
-def assemble(settings: EngineSettings, progress: Callable[[int, int, str], None]) -> tuple[EngineCore, Assembly]:
-    """Load the model and build its engine. Raises ModelError or OverBudget before anything large is allocated."""
+def assemble(
+    settings: EngineSettings,
+    progress: Callable[[int, int, str], None],
+    sources: Listing[Source] | None = None,
+) -> tuple[EngineCore, Assembly]:
+    """Load the model and build its engine. Raises ModelError or OverBudget before anything large is allocated.
+
+    Raises PinnedPromptRefused for a pinned prompt that makes no sense, before the weights are read, or does not fit.
+
+    `sources`: how a card's memory is read; None for the usual ways.
+    """
     spec = read_spec(settings.folder)
     tokenizer = load_tokenizer(settings.folder)
     generation = _with_end_of_text(read_generation_config(settings.folder), tokenizer.eos_id)
     template = load_chat_template(settings.folder)
+    prompts = [encode_pinned(written, tokenizer, template) for written in settings.pinned_prompts]
     choice, memory = plan_engine(settings, spec)
-    ledger = lease(memory)
-    device = torch.device(settings.place.torch_name)
+    place = settings.place
+    if sources is None:
+        sources = () if place.watched.vendor == "cpu" else sources_for(place.watched)
+    runtime = measure_runtime(place, memory.runtime_bytes, sources)
+    ledger = lease(memory, runtime.num_bytes)
+    device = torch.device(place.torch_name)
     model = load_model(settings.folder, dtype=TORCH_DTYPES[choice.name], device=device, progress=progress)
     progress(0, memory.kv.pool_bytes, "KV pool")
     pool = KVPool(
@@ -69,28 +93,44 @@ def assemble(settings: EngineSettings, progress: Callable[[int, int, str], None]
         device=device,
         block_size=memory.kv.block_size,
         segment_blocks=memory.kv.segment_blocks,
+        # A card's memory that is played by main memory comes and goes as quickly as a card's.
+        commit=place.kind == "cpu",
     )
     blocks = BlockPool(block_size=memory.kv.block_size, segment_blocks=memory.kv.segment_blocks)
-    segments = Segments(blocks, pool, ledger)
+    segments = Segments(blocks, pool, ledger, ceiling_blocks=memory.ceiling_blocks)
     for num_blocks, segment_lease in zip(memory.kv.segments, ledger.leases(KV_LEASE), strict=True):
         segments.add(num_blocks, segment_lease)
         progress(pool.num_bytes, memory.kv.pool_bytes, "KV pool")
     cache = KVCache(blocks, PrefixCache(memory.kv.block_size) if settings.prefix_cache else None)
-    limits = Limits(max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens)
+    limits = Limits(
+        max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens, weights=settings.weights
+    )
     runner, sampler = Runner(model, pool), Sampler(spec.vocab_size, device)
     progress(0, 0, "first step")
     _warm_up(runner, sampler, blocks)
     core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments)
+    if prompts:
+        pins = PinnedPrefixes(cache, ledger, block_bytes=memory.kv.block_bytes)
+        pins.load(
+            core,
+            prompts,
+            context_tokens=settings.context_tokens,
+            model_tokens=spec.max_position_embeddings,
+            now_s=core.clock(),
+            progress=progress,
+        )
+        core.keep(pins)
     return core, Assembly(
         spec=spec,
         generation=generation,
         tokenizer=tokenizer,
         chat_template=template,
-        place=settings.place,
+        place=place,
         dtype=choice,
         memory=memory,
         leases=ledger.statement(),
         pool_tokens=pool.num_tokens,
+        runtime_reason=runtime.reason,
     )
 
 

@@ -3,17 +3,19 @@
 Runs in: engine thread (or inline in tests); owns: the scheduler and, through the runner, the device memory.
 """
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from edgekv.core.scheduler import Outcome, Scheduler
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import EngineStats, Finished, Sampled, StepPlan, StepReport
+from edgekv.core.step import EngineStats, Finished, MemoryStats, Resize, Sampled, StepPlan, StepReport
 from edgekv.engine.sampler import NonFiniteLogits, SampleRow, check_params
+from edgekv.engine.segment_memory import is_out_of_memory
 
 POOL_SHARE_GIVEN_BACK = 0.1
 
@@ -34,16 +36,40 @@ class Chooser(Protocol):
         ...
 
 
-class Shrinkable(Protocol):
-    """A pool that can give memory back."""
+class ElasticPool(Protocol):
+    """A pool that can give memory back and take some; `Segments` is one, and says more of each."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it has."""
         ...
 
-    def shrink(self, scheduler: Scheduler, num_bytes: int) -> int:
-        """Give back at least `num_bytes`, or what the promises to admitted sequences allow; the bytes given back."""
+    def shrink(self, scheduler: Scheduler, num_bytes: int, *, keep_promises: bool, slow_first: bool = False) -> int:
+        """Give back at least `num_bytes`, or what can be; the bytes given back."""
+        ...
+
+    def grow(self, num_bytes: int) -> object:
+        """Take at most `num_bytes`."""
+        ...
+
+    def stay_small(self) -> None:
+        """Never grow beyond what it has now."""
+        ...
+
+    def set_budget(self, num_bytes: int) -> None:
+        """The most that may be leased in all from now on."""
+        ...
+
+    def memory(self, scheduler: Scheduler, *, num_resizes: int, held: bool) -> MemoryStats:
+        """Where the device's memory is."""
+        ...
+
+
+class Pins(Protocol):
+    """What is kept in the prefix cache by name; `PinnedPrefixes` is one."""
+
+    def observe(self, now_s: float) -> None:
+        """The present: some pins may end with it."""
         ...
 
 
@@ -55,7 +81,8 @@ class EngineCore:
         runner: the model over the KV pool.
         sampler: chooses tokens from logits.
         vocab_size: token ids at or above it are refused.
-        pool: what gives memory back when a step finds none; None for a pool of fixed size.
+        pool: what gives memory back and takes some; None for a pool of fixed size.
+        clock: seconds, for pins that end and for reasons that say how long ago something was.
     """
 
     def __init__(
@@ -64,21 +91,30 @@ class EngineCore:
         runner: Forward,
         sampler: Chooser,
         vocab_size: int,
-        pool: Shrinkable | None = None,
+        pool: ElasticPool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.sampler = sampler
         self.vocab_size = vocab_size
         self.pool = pool
+        self.clock = clock
+        self._pins: Pins | None = None
         self._steps = 0
         self._refused: list[Finished] = []
-        self._aborted = False
+        self._has_news = False
+        self._held = self._resized = False
+        self._num_resizes = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do or to say."""
-        return self.scheduler.busy or bool(self._refused) or self._aborted
+        """Whether a step has anything to do or to say; while steps are held there is only something to say."""
+        return self._has_news or bool(self._refused) or (self.scheduler.busy and not self._held)
+
+    def keep(self, pins: Pins) -> None:
+        """Look after these pins from now on."""
+        self._pins = pins
 
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence.
@@ -98,7 +134,28 @@ class EngineCore:
 
         The next step has at least that to report: the blocks in use and the sequences running are fewer.
         """
-        self._aborted |= self.scheduler.abort(sequence_id)
+        self._has_news |= self.scheduler.abort(sequence_id)
+
+    def resize(self, order: Resize) -> None:
+        """Give memory back or take some, now; between steps only.
+
+        For others' need the pool shrinks below what it has promised: sequences wait for it to grow again. The next
+        step reports what came of an order that shrinks, grows, or changes whether steps are held.
+        """
+        resizes = bool(order.shrink_bytes or order.grow_bytes)
+        self._resized |= resizes
+        self._has_news |= resizes or order.hold != self._held
+        self._held = order.hold
+        self._tell_time()
+        self._num_resizes += resizes
+        if self.pool is None:
+            return
+        self.pool.set_budget(order.budget_bytes)
+        if order.shrink_bytes:
+            # Steps are held when memory of ours is not where it should be; then it matters which segments go.
+            self.pool.shrink(self.scheduler, order.shrink_bytes, keep_promises=False, slow_first=order.hold)
+        if order.grow_bytes:
+            self.pool.grow(order.grow_bytes)
 
     def stats(self) -> EngineStats:
         """Counts as of now."""
@@ -115,22 +172,21 @@ class EngineCore:
             preemptions=counters.preemptions,
             evictions=cache.prefix.evictions if cache.prefix is not None else 0,
             misses=dict(self.scheduler.misses),
+            memory=self._memory(),
+            most_blocks=cache.pool.most_blocks,
         )
 
     def step(self) -> StepReport:
-        """Run one step.
+        """Run one step; while steps are held, and right after a resize, only report.
 
         Out of memory in it, the next call tries again with one sequence less, or, where there was only one, with a
         pool smaller by POOL_SHARE_GIVEN_BACK. A sequence for which neither is possible ends.
         """
-        refused, self._refused, self._aborted = tuple(self._refused), [], False
-        plan = self.scheduler.plan()
-        if plan.chunks:
-            self._steps += 1
-            outcome = self._run(plan)
-        else:
-            stuck = self.scheduler.hopeless()
-            outcome = Outcome(finished=self._give_up_for_memory(stuck))
+        refused, self._refused, self._has_news = tuple(self._refused), [], False
+        self._tell_time()
+        # Whoever ordered a resize waits to hear of it, and a step may take long.
+        resized, self._resized = self._resized, False
+        outcome = Outcome() if self._held or resized else self._advance()
         return StepReport(
             stats=self.stats(),
             started=self.scheduler.take_started(),
@@ -138,12 +194,25 @@ class EngineCore:
             finished=refused + outcome.finished,
         )
 
+    def _tell_time(self) -> None:
+        now_s = self.clock()
+        self.scheduler.cache.tell_time(now_s)
+        if self._pins is not None:
+            self._pins.observe(now_s)
+
+    def _advance(self) -> Outcome:
+        plan = self.scheduler.plan()
+        if not plan.chunks:
+            return Outcome(finished=self._give_up_for_memory(self.scheduler.hopeless()))
+        self._steps += 1
+        return self._run(plan)
+
     def _run(self, plan: StepPlan) -> Outcome:
         try:
             logits = self.runner.forward(plan)
             return self._choose(plan, logits)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if self.scheduler.retreat(plan) or self._give_memory_back():
             return Outcome()
@@ -167,13 +236,20 @@ class EngineCore:
     def _give_memory_back(self) -> bool:
         if self.pool is None:
             return False
-        return self.pool.shrink(self.scheduler, int(self.pool.num_bytes * POOL_SHARE_GIVEN_BACK)) > 0
+        blocks = self.scheduler.cache.pool
+        # A pool that is small because others need memory grows again: then what was promised is only late.
+        lent = blocks.total_blocks < blocks.most_blocks
+        num_bytes = int(self.pool.num_bytes * POOL_SHARE_GIVEN_BACK)
+        given_back = self.pool.shrink(self.scheduler, num_bytes, keep_promises=not lent)
+        if given_back and not lent:
+            self.pool.stay_small()
+        return given_back > 0
+
+    def _memory(self) -> MemoryStats | None:
+        if self.pool is None:
+            return None
+        return self.pool.memory(self.scheduler, num_resizes=self._num_resizes, held=self._held)
 
     def _give_up_for_memory(self, sequence_ids: Listing[int]) -> tuple[Finished, ...]:
         detail = "not enough memory to run this sequence, even alone"
         return self.scheduler.give_up(sequence_ids, FinishReason.OUT_OF_MEMORY, detail)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is the host's or the device's allocator that failed (torch's CPU allocator raises RuntimeError)."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

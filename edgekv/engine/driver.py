@@ -21,10 +21,11 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 import trio
 
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import EngineStats, StepReport
+from edgekv.core.step import EngineStats, Resize, StepReport
 from edgekv.errors import EdgeKVError
 
 IDLE_STEP_S = 0.002
+IDLE_STEP_MOST_S = 0.05
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 FactsT = TypeVar("FactsT")
@@ -48,6 +49,9 @@ class Core(Protocol):
 
     def abort(self, sequence_id: int, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a sequence and free its blocks; unknown and finished ids are ignored."""
+
+    def resize(self, order: Resize) -> None:
+        """Give memory back or take some, now; what came of it is in the next report."""
 
     def step(self) -> StepReport:
         """Do one step; returns promptly when nothing can run."""
@@ -208,6 +212,7 @@ class ThreadDriver(Generic[FactsT]):
         core, facts = self._make_core(self._report_progress)
         self._soon(self._news.ready, (facts, core.stats()))
         before: StepReport | None = None
+        idle_s = IDLE_STEP_S
         while not self._stopping:
             if not core.busy:
                 self._obey(core, *self._commands.get())
@@ -217,9 +222,13 @@ class ThreadDriver(Generic[FactsT]):
                 report = core.step()
                 self._soon(self._news.report, report)
                 if before is not None and _is_idle(before, report):
-                    # Every sequence waits for something: do not flood the loop with reports of nothing.
+                    # Every sequence waits for something, mostly for memory, and a command will bring it: do not flood
+                    # the loop with reports of nothing meanwhile.
                     with contextlib.suppress(queue.Empty):
-                        self._obey(core, *self._commands.get(timeout=IDLE_STEP_S))
+                        self._obey(core, *self._commands.get(timeout=idle_s))
+                    idle_s = min(2 * idle_s, IDLE_STEP_MOST_S)
+                else:
+                    idle_s = IDLE_STEP_S
                 before = report
 
     def _obey(self, core: Core, command: Command, rejected: Rejected | None) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from edgekv.core.capacity import KVShape
 from edgekv.core.step import BlockCopy
+from edgekv.engine.segment_memory import SegmentMemory
 from edgekv.kernels.attn.cache import CacheSegment, PagedCache
 
 
@@ -32,15 +33,33 @@ class KVPool:
     """
 
     def __init__(
-        self, shape: KVShape, *, dtype: torch.dtype, device: torch.device, block_size: int, segment_blocks: int
+        self,
+        shape: KVShape,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        segment_blocks: int,
+        commit: bool = True,
     ) -> None:
-        """An empty pool. `segment_blocks`, a power of two, is the most blocks that one segment can have."""
+        """An empty pool.
+
+        Args:
+            shape: of the model.
+            dtype: of keys and values.
+            device: where they are.
+            block_size: tokens in a block.
+            segment_blocks: the most blocks that one segment can have; a power of two.
+            commit: see `SegmentMemory`.
+        """
         if segment_blocks < 1 or segment_blocks & (segment_blocks - 1):
             raise ValueError(f"segment_blocks must be a power of two, not {segment_blocks}")
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
         self.num_layers = shape.num_layers
         self._segments: dict[int, CacheSegment] = {}
+        self._memory: dict[int, SegmentMemory] = {}
+        self._commit = commit
         self.block_size = block_size
         self.segment_blocks = segment_blocks
         self.cache = PagedCache(
@@ -80,22 +99,27 @@ class KVPool:
         return self.num_blocks * self.block_bytes
 
     def add_segment(self, num_blocks: int) -> int:
-        """Allocate a segment and return its index, the lowest that is absent; its memory is committed at once."""
+        """Allocate a segment and return its index, the lowest that is absent.
+
+        Raises MemoryError, or torch's like, keeping nothing.
+        """
         if not 1 <= num_blocks <= self.segment_blocks:
             raise ValueError(f"a segment holds 1 to {self.segment_blocks} blocks, not {num_blocks}")
         cache = self.cache
         index = next(i for i in range(len(self._segments) + 1) if i not in self._segments)
         shape = (self.num_layers, 2, cache.num_kv_heads, num_blocks, self.block_size, cache.head_dim)
-        # Not torch.zeros: that maps memory without committing it, and running out would then surface inside a step.
-        data = torch.empty(shape, dtype=cache.dtype, device=cache.device).zero_()
-        self._segments[index] = CacheSegment(data)
+        memory = SegmentMemory(shape, dtype=cache.dtype, device=cache.device, commit=self._commit)
+        assert memory.data is not None
+        self._memory[index] = memory
+        self._segments[index] = CacheSegment(memory.data)
         return index
 
     def remove_segment(self, index: int) -> None:
-        """Free a segment. Its blocks must be unused; other segments keep their indices."""
+        """Free a segment, to the system. Its blocks must be unused; other segments keep their indices."""
         if index not in self._segments:
             raise ValueError(f"there is no segment {index}")
         del self._segments[index]
+        self._memory.pop(index).free()
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy the first `num_tokens` slots of each source to its target, in order; clear the rest of the target."""

@@ -1,11 +1,12 @@
 """What an engine is built from, and the plan of its memory. Runs in: anywhere (no torch); owns: nothing."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgekv.config.settings import Config, Model
+from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
-from edgekv.core.capacity import DtypeChoice, DtypeName, MemoryPlan, choose_dtype, plan_memory
+from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, choose_dtype, plan_memory
 from edgekv.core.ledger import Ledger
 from edgekv.errors import EdgeKVError
 from edgekv.model.spec import ModelSpec
@@ -18,7 +19,8 @@ KV_LEASE = "kv.target"
 class EngineSettings:
     """What was asked for; None leaves the choice to the planner.
 
-    `kv_budget` is in bytes (int) or a share of the device's free memory (float).
+    `kv_budget` is in bytes (int) or a share of the device's free memory (float). `draft`: a draft model to keep room
+    for beside it. `pinned_prompts`: beginnings of prompts to compute at load and keep. `weights`: see `Limits`.
     """
 
     folder: Path
@@ -31,6 +33,9 @@ class EngineSettings:
     prefix_cache: bool = True
     max_sequences: int = 16
     max_step_tokens: int = 512
+    draft: Draft | None = None
+    pinned_prompts: tuple[PinnedPrompt, ...] = ()
+    weights: Mapping[int, int] = field(default_factory=lambda: Priorities().weights)
 
     @classmethod
     def from_config(cls, config: Config, model: Model, place: Place) -> "EngineSettings":
@@ -48,6 +53,8 @@ class EngineSettings:
             prefix_cache=config.kv.prefix_cache,
             max_sequences=model.max_num_seqs,
             max_step_tokens=model.max_step_tokens,
+            pinned_prompts=model.pinned_prompts,
+            weights=config.priorities.weights,
         )
 
 
@@ -64,7 +71,10 @@ def plan_engine(settings: EngineSettings, spec: ModelSpec) -> tuple[DtypeChoice,
     memory = plan_memory(
         spec,
         device=place.kind,
-        total_bytes=place.free_bytes,
+        total_bytes=max(place.total_bytes, place.free_bytes),
+        free_bytes=place.free_bytes,
+        reserve_bytes=place.reserve_bytes,
+        most_bytes=place.most_bytes,
         dtype=choice.name,
         kv_dtype=settings.kv_dtype or choice.name,
         block_size=settings.block_size,
@@ -72,6 +82,7 @@ def plan_engine(settings: EngineSettings, spec: ModelSpec) -> tuple[DtypeChoice,
         max_sequences=settings.max_sequences,
         max_step_tokens=settings.max_step_tokens,
         kv_budget=settings.kv_budget,
+        draft=settings.draft,
     )
     return choice, memory
 
@@ -102,16 +113,20 @@ class NoRoomForKV(EdgeKVError):
         self.missing_bytes, self.block_bytes = memory.missing_bytes, memory.kv.block_bytes
 
 
-def lease(memory: MemoryPlan) -> Ledger:
+def lease(memory: MemoryPlan, runtime_bytes: int | None = None) -> Ledger:
     """A ledger with every part of the plan on it, the KV pool by segment.
 
-    Raises OverBudget or NoRoomForKV where the plan does not hold.
+    `runtime_bytes`: what the process holds already, None for what was planned for it; the budget makes room for what
+    is beyond the plan (see `engine.runtime`). Raises OverBudget or NoRoomForKV where the plan does not hold.
     """
     if memory.kv.num_blocks == 0:
         raise NoRoomForKV(memory)
-    ledger = Ledger(memory.total_bytes - memory.headroom_bytes)
-    ledger.reserve("weights", memory.weight_bytes)
-    ledger.reserve("workspace", memory.workspace_bytes)
+    runtime = memory.runtime_bytes if runtime_bytes is None else runtime_bytes
+    ledger = Ledger(memory.budget_bytes + max(0, runtime - memory.runtime_bytes))
+    ledger.reserve("runtime", runtime)
+    for name, num_bytes in memory.leases.items():
+        if name not in ("runtime", KV_LEASE):
+            ledger.reserve(name, num_bytes)
     whole_pool = ledger.reserve(KV_LEASE, memory.kv.pool_bytes)
     ledger.release(whole_pool)
     for num_blocks in memory.kv.segments:

@@ -30,6 +30,7 @@ from edgekv.http.drain import Drain
 from edgekv.http.errors import ApiError, JsonResponse, invalid, refusal, retry_after
 from edgekv.http.gate import Gate
 from edgekv.http.generation import DRAINING, Format, Generation, answer
+from edgekv.http.memory import memory_json
 from edgekv.http.metrics import CONTENT_TYPE, Metrics
 from edgekv.http.openai_chat import ChatFormat, ChatRequest
 from edgekv.http.openai_completions import DEFAULT_MAX_TOKENS, CompletionFormat, CompletionRequest
@@ -45,6 +46,7 @@ T = TypeVar("T")
 # Below this a body is parsed and tokenized on the loop: it takes less time than another task would notice.
 SHORT_BYTES = 32 * 1024
 MAX_LONG_AT_ONCE = 2
+POLLED = ("/health", "/metrics", "/api/edgekv/memory")
 ANSWERED = (ApiError, ClientGone, ContextLengthExceeded, QueueFull, NotServing, HTTPException, Exception)
 
 
@@ -59,6 +61,7 @@ def build_app(service: Service, settings: HttpSettings, drain: Drain | None = No
         Route("/tokenize", endpoint.tokenize, methods=["POST"]),
         Route("/detokenize", endpoint.detokenize, methods=["POST"]),
         Route("/metrics", endpoint.metrics_page),
+        Route("/api/edgekv/memory", endpoint.memory),
     ]
     open_routes = [Route("/health", endpoint.health)]
     app = Starlette(
@@ -79,20 +82,24 @@ class Endpoint:
     def __init__(self, service: Service, settings: HttpSettings, drain: Drain) -> None:
         self._service, self._settings, self._drain = service, settings, drain
         self._long_work = trio.CapacityLimiter(MAX_LONG_AT_ONCE)
-        self.metrics = Metrics(self._engine_numbers)
+        self.metrics = Metrics(self._engine_numbers, service.memory)
 
     async def health(self, request: Request) -> Response:
-        """200 when requests are taken, else 503; never touches the engine."""
+        """200 when requests are taken, if `degraded` with a reason; else 503. Never touches the engine."""
         health = self._service.health()
         status = "draining" if self._drain.has_begun else health.status
         body = {"status": status, "detail": DRAINING if self._drain.has_begun else health.detail}
-        if status == "ok":
+        if status in ("ok", "degraded"):
             return JsonResponse(body)
         return JsonResponse(body, status=503, headers=retry_after(1.0))
 
     async def metrics_page(self, request: Request) -> Response:
         """Prometheus' text; never touches the engine."""
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def memory(self, request: Request) -> Response:
+        """Who owns which byte of the device; never touches the engine or the driver."""
+        return JsonResponse(memory_json(self._service.memory(), self._service.stats()))
 
     async def models(self, request: Request) -> Response:
         """The served model under each of its names."""
@@ -254,7 +261,7 @@ class Account:
         async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._endpoint.metrics.responded(route, message["status"])
-                level = logging.DEBUG if route in ("/health", "/metrics") else logging.INFO
+                level = logging.DEBUG if route in POLLED else logging.INFO
                 milliseconds = (time.perf_counter() - began) * 1000
                 logger.log(level, "%s %s %d (%.1f ms)", scope["method"], route, message["status"], milliseconds)
             await send(message)

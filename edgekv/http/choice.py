@@ -6,6 +6,7 @@ Runs in: trio; owns: one sequence's detokenizer and held-back text.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from edgekv.actors.stream import Failed, StreamEvent
 from edgekv.core.sequence import FinishReason
@@ -59,6 +60,7 @@ class Choice:
     ) -> None:
         self.index = index
         self.cached_tokens = 0
+        self.prefix_miss: str | None = None
         self.num_generated = 0
         self.finish_reason: str | None = None
         self.failure: ApiError | None = None
@@ -75,6 +77,10 @@ class Choice:
         """Whether nothing more will come."""
         return self.finish_reason is not None or self.failure is not None
 
+    def debug(self) -> dict[str, Any]:
+        """What the prefix cache gave, and why it gave no more; null where it gave all that it could."""
+        return {"prefix_miss": self.prefix_miss, "cached_tokens": self.cached_tokens}
+
     def feed(self, events: Iterable[StreamEvent]) -> Delta:
         """Take the engine's next events; what follows the end is ignored."""
         shown: list[str] = []
@@ -84,7 +90,7 @@ class Choice:
                 break
             match event:
                 case Started():
-                    self.cached_tokens = event.cached_tokens
+                    self.cached_tokens, self.prefix_miss = event.cached_tokens, event.miss
                 case TokenOut():
                     self.num_generated += 1
                     if not event.is_stop:

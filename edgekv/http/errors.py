@@ -76,7 +76,8 @@ def refusal(error: ContextLengthExceeded | QueueFull | NotServing) -> ApiError:
 
 def lost(failure: Failed) -> ApiError:
     """How a sequence that the engine lost reads over HTTP."""
-    return ApiError(503, failure.message, code=failure.code, headers=retry_after(1.0))
+    status = 429 if failure.code == "kv_cache_full" else 503
+    return ApiError(status, failure.message, code=failure.code, headers=retry_after(failure.retry_after_s))
 
 
 def retry_after(seconds: float) -> dict[str, str]:

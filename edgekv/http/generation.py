@@ -78,6 +78,11 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
+    def account(self) -> dict[str, Any]:
+        """`usage`, and in a field that OpenAI's API does not have why the prefix cache gave each prompt no more."""
+        lookups = [choice.debug() for choice in self.choices[:: len(self.choices) // len(self.prompts)]]
+        return {"usage": self.usage(), "edgekv": lookups[0] if len(lookups) == 1 else {"prompts": lookups}}
+
     async def run(self, show: Show) -> None:
         """Call `show` with every piece of every choice, then once more with an empty one when the choice has ended.
 

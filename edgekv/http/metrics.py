@@ -4,14 +4,17 @@ The engine's numbers are read from its latest report when somebody asks; what on
 a client feels them, refusals) is counted as it happens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from edgekv.actors.service import MemoryView
+from edgekv.core.spill import State
 from edgekv.core.step import EngineStats
+from edgekv.http.memory import owners
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,15 +32,20 @@ _REQUEST_S = (
 )  # fmt: skip
 
 Source = Callable[[], tuple[str, EngineStats | None]]
+Memory = Callable[[], MemoryView | None]
 
 
 class Metrics:
-    """Counters and histograms of one server; `source` gives the model's name and the engine's latest numbers."""
+    """Counters and histograms of one server.
 
-    def __init__(self, source: Source) -> None:
+    `source` gives the model's name and the engine's latest numbers, `memory` what the guard last saw of the device.
+    """
+
+    def __init__(self, source: Source, memory: Memory) -> None:
         self._source = source
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(source))
+        self._registry.register(_MemoryCollector(memory))
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From an admitted request to its first token.", _FIRST_TOKEN_S
         )
@@ -155,3 +163,50 @@ class _EngineCollector(Collector):
         for reason, count in stats.misses.items():
             misses.add_metric([model, reason], count)
         yield misses
+
+
+class _MemoryCollector(Collector):
+    """Where the device's memory is, as the guard last saw it."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        view = self._memory()
+        if view is None:
+            return
+        reading, decision, memory = view.reading, view.decision, view.memory
+        yield _gauge("edgekv_device_headroom_bytes", "Memory left to other programs.", view.headroom_bytes)
+        if view.age_s is not None:
+            yield _gauge("edgekv_reading_age_seconds", "How old the latest reading of the device is.", view.age_s)
+        if reading is not None:
+            by_owner = owners(reading, memory)
+            yield _gauges("edgekv_device_memory_bytes", "The device's memory, by owner.", "owner", by_owner)
+            spilled = reading.spilled_own_bytes
+            yield _gauge("edgekv_device_spilled_bytes", "Memory of ours that is not on the device.", spilled)
+        if decision is not None:
+            now = decision.condition.state
+            states = {state.value: int(state is now) for state in State}
+            yield _gauges("edgekv_device_state", "1 for the device's present state.", "state", states)
+        if memory is not None:
+            yield _gauge("edgekv_ledger_budget_bytes", "The most that may be leased.", memory.budget_bytes)
+            yield _gauge("edgekv_kv_ceiling_bytes", "The most that the KV pool may have.", memory.facts.ceiling_bytes)
+            given_back, taken = memory.facts.given_back_bytes, memory.facts.taken_bytes
+            yield CounterMetricFamily(
+                "edgekv_pool_given_back_bytes", "Memory that the KV pool has given back.", value=given_back
+            )
+            yield CounterMetricFamily("edgekv_pool_taken_bytes", "Memory that it has taken again.", value=taken)
+
+
+def _gauge(name: str, documentation: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, documentation, value=value)
+
+
+def _gauges(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family

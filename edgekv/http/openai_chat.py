@@ -88,11 +88,12 @@ class ChatFormat:
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The chunk that says why the choice ended."""
-        return self._chunk(choice, {}, None, choice.finish_reason)
+        chunk = self._chunk(choice, {}, None, choice.finish_reason)
+        return chunk if self.wants_usage else {**chunk, "edgekv": choice.debug()}
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         """The chunk that counts."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": generation.usage()}
+        return {**self._head("chat.completion.chunk"), "choices": [], **generation.account()}
 
     def whole(self, generation: Generation, texts: Sequence[Delta]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -105,7 +106,7 @@ class ChatFormat:
             }
             for choice, text in zip(generation.choices, texts, strict=True)
         ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": generation.usage()}
+        return {**self._head("chat.completion"), "choices": choices, **generation.account()}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

@@ -123,11 +123,12 @@ class CompletionFormat:
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The chunk that says why the choice ended."""
-        return self._chunk(choice.index, "", None, choice.finish_reason)
+        chunk = self._chunk(choice.index, "", None, choice.finish_reason)
+        return chunk if self.wants_usage else {**chunk, "edgekv": choice.debug()}
 
     def usage(self, generation: Generation) -> dict[str, Any]:
         """The chunk that counts."""
-        return {**self._head, "choices": [], "usage": generation.usage()}
+        return {**self._head, "choices": [], **generation.account()}
 
     def whole(self, generation: Generation, texts: Sequence[Delta]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -140,7 +141,7 @@ class CompletionFormat:
             }
             for choice, text in zip(generation.choices, texts, strict=True)
         ]
-        return {**self._head, "choices": choices, "usage": generation.usage()}
+        return {**self._head, "choices": choices, **generation.account()}
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         return completion_logprobs(self._tokenizer, delta.tokens) if self._with_logprobs else None

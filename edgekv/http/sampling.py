@@ -121,14 +121,14 @@ class GenerationFields(RequestModel):
     ) -> list[SamplingParams]:
         """Settings of each choice over one prompt: the request's, else the model's own, else OpenAI's defaults.
 
-        Without `max_tokens` up to `default_tokens` are generated, as far as the context holds them. With a seed,
-        choice i of a request uses seed + i.
+        Without `max_tokens` up to `default_tokens` are generated, as far as the context and the KV pool as it is now
+        hold them. With a seed, choice i of a request uses seed + i.
         Raises `ContextLengthExceeded`, and `ApiError` 400 for a token id that the model does not have.
         """
         limit, own = card.limit_tokens, card.generation
         if num_prompt + (max_tokens or 1) > limit:
             raise card.exceeded(num_prompt, max_tokens or 1)
-        allowed = max_tokens or min(default_tokens, limit - num_prompt)
+        allowed = max_tokens or max(1, min(default_tokens, card.present_tokens - num_prompt))
         if self.min_tokens is not None and self.min_tokens > allowed:
             raise invalid("min_tokens", f"'min_tokens' must be at most the {allowed} tokens that may be generated.")
         temperature = _first(self.temperature, 0.0 if own.do_sample is False else own.temperature, 1.0)

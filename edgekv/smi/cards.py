@@ -1,20 +1,47 @@
-"""Which cards there are and how full they are, as far as the vendors' libraries say.
+"""Which cards there are, how full they are and who holds that, for `doctor`, `plan` and the choice of a device.
 
-Runs in: anywhere (calls may block: off the trio thread); owns: nothing. The libraries are imported on use, because both
-fail in their own ways where their driver is missing: amdsmi raises KeyError or AttributeError at import.
+Runs in: anywhere (calls may block: off the trio thread); owns: nothing. Memory is what the memory guard's own readers
+read, so that a plan and the guard never differ.
 """
 
-import contextlib
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from edgekv.core.reading import Holder
+from edgekv.smi import amdsmi_library, nvml
+from edgekv.smi.amd import AmdReader, AmdsmiTotals, SysfsTotals
+from edgekv.smi.amdgpu_sysfs import card_folders, link_of, name_of, uuid_of
+from edgekv.smi.host import PROC, SYSFS
+from edgekv.smi.kfd import read_nodes
+from edgekv.smi.nvidia import NvidiaReader
+from edgekv.smi.reader import ReadingFailed
+from edgekv.smi.small_files import list_folder, read_line
+
+_PCI_VENDORS = {"nvidia": "0x10de", "amd": "0x1002"}
+_PATIENCE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The card's way to main memory: PCIe generation (of which it is capable) and number of lanes (in use)."""
+
+    generation: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"PCIe {self.generation}.0 x{self.width}"
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card and its memory now."""
+    """One card and its memory now. None: not told.
+
+    `index` is its number among its vendor's cards here; `unified`: its memory is main memory (an APU).
+    `bandwidth_bytes_per_s` is the data sheet's, between the card and its own memory.
+    """
 
     vendor: Literal["nvidia", "amd"]
     index: int
@@ -22,6 +49,12 @@ class Card:
     total_bytes: int
     used_bytes: int
     driver: str
+    pci_id: str | None = None
+    link: Link | None = None
+    bandwidth_bytes_per_s: int | None = None
+    holders: tuple[Holder, ...] = ()
+    unified: bool = False
+    uuid: str | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -31,75 +64,168 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The cards of one vendor; `problem` says why its library could not be asked, `absent` that this is no fault."""
+    """The cards of one vendor, and by what they were found (`library`).
+
+    `problem` says in one line what is amiss, `absent` that this is no fault (there is no such card, or no driver for
+    one). Cards may have been found all the same.
+    """
 
     vendor: Literal["nvidia", "amd"]
     cards: tuple[Card, ...] = ()
     problem: str | None = None
     absent: bool = False
+    library: str | None = None
 
 
 def survey() -> tuple[Survey, Survey]:
-    """Ask both vendors' libraries; never raises."""
+    """Both vendors' cards; never raises."""
     return survey_nvidia(), survey_amd()
 
 
-def survey_nvidia() -> Survey:
+def survey_nvidia(sysfs: Path = SYSFS, proc: Path = PROC) -> Survey:
     """NVIDIA's cards through NVML."""
     try:
-        import pynvml
-    except Exception as error:  # the binding itself may be broken in any way
-        return Survey("nvidia", problem=f"the pynvml module cannot be imported: {error}")
+        library = nvml.Nvml.open()
+    except nvml.NoLibrary as error:
+        return Survey("nvidia", problem=str(error), absent=True)
+    except nvml.NoDriver as error:
+        idle = _undriven(sysfs, "nvidia")
+        problem = f"an NVIDIA card is there ({idle}), but NVIDIA's kernel driver is not loaded" if idle else str(error)
+        return Survey("nvidia", problem=problem, absent=idle is None)
+    except ReadingFailed as error:
+        return Survey("nvidia", problem=str(error))
     try:
-        with _session(pynvml.nvmlInit, pynvml.nvmlShutdown):
-            driver = _text(pynvml.nvmlSystemGetDriverVersion())
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-            return Survey("nvidia", tuple(_nvidia_card(pynvml, i, h, driver) for i, h in enumerate(handles)))
-    except pynvml.NVMLError as error:
-        absent = isinstance(error, pynvml.NVMLError_LibraryNotFound | pynvml.NVMLError_DriverNotLoaded)
-        return Survey("nvidia", problem=f"NVML: {error}", absent=absent)
-
-
-def survey_amd() -> Survey:
-    """AMD's cards through amdsmi."""
-    try:
-        # Its import prints to standard output what it then raises.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            import amdsmi
-    except (ImportError, KeyError, OSError) as error:
-        return Survey("amd", problem=f"amdsmi finds no library: {error}", absent=True)
-    except Exception as error:  # AttributeError: a library of another version than the binding
-        return Survey("amd", problem=f"amdsmi does not fit the installed ROCm library: {error}")
-    try:
-        with _session(amdsmi.amdsmi_init, amdsmi.amdsmi_shut_down):
-            handles = amdsmi.amdsmi_get_processor_handles()
-            return Survey("amd", tuple(_amd_card(amdsmi, i, handle) for i, handle in enumerate(handles)))
-    except Exception as error:  # amdsmi's errors share no base class across versions
-        first_line = next(iter(str(error).strip().splitlines()), repr(error))
-        return Survey("amd", problem=f"amdsmi: {first_line}", absent=True)
-
-
-def _nvidia_card(pynvml: Any, index: int, handle: Any, driver: str) -> Card:
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    used = int(memory.used) + int(memory.reserved)
-    return Card("nvidia", index, _text(pynvml.nvmlDeviceGetName(handle)), int(memory.total), used, driver)
-
-
-def _amd_card(amdsmi: Any, index: int, handle: Any) -> Card:
-    name = str(amdsmi.amdsmi_get_gpu_asic_info(handle)["market_name"])
-    vram = amdsmi.amdsmi_get_gpu_vram_usage(handle)  # MiB
-    driver = str(amdsmi.amdsmi_get_gpu_driver_info(handle)["driver_version"])
-    return Card("amd", index, name, int(vram["vram_total"]) << 20, int(vram["vram_used"]) << 20, driver)
-
-
-@contextmanager
-def _session(start: Any, end: Any) -> Iterator[None]:
-    start()
-    try:
-        yield
+        driver = library.optional("nvmlSystemGetDriverVersion") or "unknown"
+        version = library.optional("nvmlSystemGetNVMLVersion")
+        found: list[Card] = []
+        lost: str | None = None
+        for index, handle in enumerate(library.handles()):
+            try:
+                found.append(_nvidia_card(library, index, handle, str(driver), proc))
+            except ReadingFailed as error:
+                lost = lost or f"card {index}: {error}"
+        return Survey("nvidia", tuple(found), lost or library.missing, library=f"NVML {version or 'unknown'}")
+    except ReadingFailed as error:
+        return Survey("nvidia", problem=str(error))
     finally:
-        end()
+        library.close()
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def survey_amd(sysfs: Path = SYSFS, proc: Path = PROC) -> Survey:
+    """AMD's cards through amdsmi; where that cannot be asked, through amdgpu's files, which say the same of memory."""
+    try:
+        library = amdsmi_library.AmdSmi.open()
+    except amdsmi_library.NoLibrary as error:
+        return _amd_files(sysfs, proc, str(error), absent=True)
+    except ReadingFailed as error:
+        return _amd_files(sysfs, proc, str(error), absent=False)
+    try:
+        driver, found = _amdgpu_version(sysfs), []
+        for handle in library.handles():
+            pci_id = library.pci_address(handle)
+            totals = AmdsmiTotals(library, handle)
+            name, bandwidth = library.market_name(handle), library.bandwidth_bytes_per_s(handle)
+            found.append(_amd_card(totals, pci_id, name, driver, bandwidth, sysfs, proc))
+        if not found:
+            return _amd_files(sysfs, proc, "amdsmi sees no card", absent=True)
+        return Survey("amd", _in_order(found, sysfs), library=f"amdsmi {library.version()}")
+    except ReadingFailed as error:
+        return _amd_files(sysfs, proc, str(error), absent=False)
+    finally:
+        library.close()
+
+
+def _nvidia_card(library: nvml.Nvml, index: int, handle: Any, driver: str, proc: Path) -> Card:
+    reading = NvidiaReader(library, handle, proc).read(0.0)
+    generation = library.optional("nvmlDeviceGetMaxPcieLinkGeneration", handle)
+    width = library.optional("nvmlDeviceGetCurrPcieLinkWidth", handle)
+    clock_mhz = library.optional("nvmlDeviceGetMaxClockInfo", handle, library.module.NVML_CLOCK_MEM)
+    width_bits = library.optional("nvmlDeviceGetMemoryBusWidth", handle)
+    uuid = library.optional("nvmlDeviceGetUUID", handle)
+    return Card(
+        "nvidia",
+        index,
+        str(library.optional("nvmlDeviceGetName", handle) or "NVIDIA card"),
+        reading.total_bytes,
+        reading.used_bytes,
+        driver,
+        pci_id=library.pci_address(handle),
+        link=Link(int(generation), int(width)) if generation and width else None,
+        # NVML's memory clock is half of the rate of transfers: 4090: 2 x 10501 MHz x 384 bit / 8 = 1008 GB/s.
+        bandwidth_bytes_per_s=int(clock_mhz) * 2 * int(width_bits) // 8 * 10**6 if clock_mhz and width_bits else None,
+        holders=reading.holders,
+        uuid=str(uuid) if uuid else None,
+    )
+
+
+def _amd_files(sysfs: Path, proc: Path, problem: str, *, absent: bool) -> Survey:
+    """The cards as amdgpu's files show them, after amdsmi could not be asked because of `problem`."""
+    driver, found = _amdgpu_version(sysfs), []
+    for pci_id, folder in card_folders(sysfs).items():
+        try:
+            found.append(_amd_card(SysfsTotals(folder), pci_id, None, driver, None, sysfs, proc))
+        except ReadingFailed as error:
+            problem, absent = str(error), False
+    if found:
+        # Without amdsmi nothing is amiss: the files tell all that is needed.
+        return Survey("amd", _in_order(found, sysfs), None if absent else problem, library="amdgpu's files in /sys")
+    idle = _undriven(sysfs, "amd")
+    if idle is not None:
+        return Survey("amd", problem=f"an AMD card is there ({idle}), but its kernel driver (amdgpu) does not drive it")
+    return Survey("amd", problem=problem, absent=absent or not _on_bus(sysfs, "amd"))
+
+
+def _amd_card(
+    totals: AmdsmiTotals | SysfsTotals,
+    pci_id: str,
+    name: str | None,
+    driver: str,
+    bandwidth_bytes_per_s: int | None,
+    sysfs: Path,
+    proc: Path,
+) -> Card:
+    reading = AmdReader(totals, pci_id, sysfs, proc, look_s=_PATIENCE_S).read(0.0)
+    folder = card_folders(sysfs).get(pci_id)
+    link = link_of(folder) if folder is not None and not reading.unified else None  # an APU has none to speak of
+    return Card(
+        "amd",
+        0,
+        name or (name_of(folder) if folder is not None else f"AMD card at {pci_id}"),
+        reading.total_bytes,
+        reading.used_bytes,
+        driver,
+        pci_id=pci_id,
+        link=Link(*link) if link is not None else None,
+        bandwidth_bytes_per_s=bandwidth_bytes_per_s,
+        holders=reading.holders,
+        unified=reading.unified,
+        uuid=uuid_of(folder) if folder is not None else None,
+    )
+
+
+def _in_order(cards: list[Card], sysfs: Path) -> tuple[Card, ...]:
+    """In KFD's order, which is HIP's; cards that KFD does not drive come last."""
+    ranks = {node.pci_id: rank for rank, node in enumerate(read_nodes(sysfs))}
+    ordered = sorted(cards, key=lambda card: (ranks.get(card.pci_id or "", len(ranks)), card.pci_id or ""))
+    return tuple(replace(card, index=index) for index, card in enumerate(ordered))
+
+
+def _amdgpu_version(sysfs: Path) -> str:
+    # Only ROCm's own build of amdgpu has a version; the kernel's is as old as the kernel.
+    return read_line(sysfs / "module/amdgpu/version") or f"Linux {platform.release()}"
+
+
+def _undriven(sysfs: Path, vendor: Literal["nvidia", "amd"]) -> str | None:
+    """The PCI address of a card that no driver has; one that was handed to a virtual machine (vfio) has one."""
+    return next((folder.name for folder in _on_bus(sysfs, vendor) if not os.path.lexists(folder / "driver")), None)
+
+
+def _on_bus(sysfs: Path, vendor: Literal["nvidia", "amd"]) -> list[Path]:
+    """The vendor's display adapters and accelerators on the PCI bus."""
+    devices = sysfs / "bus/pci/devices"
+    return [
+        devices / name
+        for name in sorted(list_folder(devices) or ())
+        if read_line(devices / name / "vendor") == _PCI_VENDORS[vendor]
+        and (read_line(devices / name / "class") or "").startswith(("0x03", "0x12"))
+    ]

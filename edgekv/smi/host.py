@@ -6,6 +6,11 @@ from pathlib import Path
 
 import psutil
 
+from edgekv.smi.control_group import read_group
+from edgekv.smi.small_files import parse_number, parse_table, read_bytes
+
+SYSFS, PROC = Path("/sys"), Path("/proc")
+
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
@@ -27,13 +32,23 @@ class Processor:
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve")
 
 
-def read_memory() -> HostMemory:
+def read_memory(sysfs: Path = SYSFS, proc: Path = PROC) -> HostMemory:
     """The memory now; within a memory-limited control group, that limit is the memory."""
-    memory = psutil.virtual_memory()
-    limit, used = _group_limit()
-    if limit is None or limit >= memory.total:
-        return HostMemory(memory.total, memory.available)
-    return HostMemory(limit, max(0, min(memory.available, limit - used)))
+    table = parse_table(read_bytes(proc / "meminfo") or b"")
+    total, available = kib(table, b"MemTotal"), kib(table, b"MemAvailable")
+    if total is None or available is None:  # not Linux, or one without /proc
+        memory = psutil.virtual_memory()
+        total, available = memory.total, memory.available
+    group = read_group(sysfs, proc, total)
+    if group is None:
+        return HostMemory(total, min(available, total))
+    return HostMemory(group.limit_bytes, min(available, group.free_bytes, group.limit_bytes))
+
+
+def kib(table: dict[bytes, bytes], name: bytes) -> int | None:
+    """Bytes of a line such as `MemTotal: 16318412 kB`."""
+    number = parse_number(table.get(name, b"").removesuffix(b"kB"))
+    return None if number is None else number << 10
 
 
 def read_processor() -> Processor:
@@ -51,16 +66,3 @@ def read_processor() -> Processor:
     name = fields.get("model name") or platform.processor() or platform.machine()
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
     return Processor(name, cores, tuple(feature for feature in _FEATURES if feature in flags))
-
-
-def _group_limit(root: Path = Path("/sys/fs/cgroup")) -> tuple[int | None, int]:
-    """Limit and use in bytes of the control group (version 2); page cache that can be dropped is not use."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return None, 0
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return int(limit), max(0, used - int(stat.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return None, 0

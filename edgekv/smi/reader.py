@@ -2,10 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from edgekv.core.reading import Reading
 from edgekv.errors import EdgeKVError
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Which device the memory guard is to read: a vendor's card by its PCI address (`0000:03:00.0`), or main memory."""
+
+    vendor: Literal["cpu", "nvidia", "amd"]
+    pci_id: str | None = None
 
 
 class ReadingFailed(EdgeKVError):

@@ -11,7 +11,7 @@ import trio
 import trio._core._run as trio_run
 import trio.testing
 
-from edgekv.actors.admission import Admission
+from edgekv.actors.admission import Admission, AdmissionLimits
 from edgekv.actors.engine import EngineActor, EngineStatus, Phase
 from edgekv.actors.engine_service import EngineService
 from edgekv.actors.kernel import GaveUp, Restarts, supervise
@@ -20,7 +20,7 @@ from edgekv.actors.service import ModelCard, SequenceDraft
 from edgekv.actors.stream import Failed, StreamEvent, TokenStream
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import EngineStats, Finished, PoolStats, Sampled, Started, StepReport, TokenOut
+from edgekv.core.step import EngineStats, Finished, PoolStats, Resize, Sampled, Started, StepReport, TokenOut
 from edgekv.engine.driver import Core, InlineDriver, MakeCore, MakeDriver, Progress
 
 T = TypeVar("T")
@@ -55,6 +55,7 @@ class FakeCore:
         self.work: dict[int, Work] = {}
         self.submitted: list[int] = []
         self.aborted: list[int] = []
+        self.orders: list[Resize] = []
         self.steps = self.generated = 0
         self._ended: list[Finished] = []
 
@@ -72,6 +73,9 @@ class FakeCore:
         if self.work.pop(sequence_id, None) is not None:
             self.aborted.append(sequence_id)
             self._ended.append(Finished(sequence_id, reason))
+
+    def resize(self, order: Resize) -> None:
+        self.orders.append(order)
 
     def step(self) -> StepReport:
         batch = list(self.work.values())
@@ -102,19 +106,22 @@ class FakeCore:
     def stats(self) -> EngineStats:
         active = min(len(self.work), POOL_BLOCKS)
         pool = PoolStats(POOL_BLOCKS, POOL_BLOCKS - active, 0, active, BLOCK_SIZE)
-        return EngineStats(pool, len(self.work), 0, steps=self.steps, generated_tokens=self.generated)
+        return EngineStats(
+            pool, len(self.work), 0, steps=self.steps, generated_tokens=self.generated, most_blocks=POOL_BLOCKS
+        )
 
 
 def make_card(context_tokens: int = 20_000, pool_tokens: int = POOL_BLOCKS * BLOCK_SIZE) -> ModelCard:
     nothing = cast(Any, None)
     model_tokens = 1 << 20
     return ModelCard(
-        "demo", ("default",), 0, context_tokens, model_tokens, pool_tokens, BLOCK_SIZE, nothing, nothing, nothing
-    )
+        "demo", ("default",), 0, context_tokens, model_tokens, pool_tokens, BLOCK_SIZE, nothing, nothing, nothing,
+        most_pool_tokens=pool_tokens,
+    )  # fmt: skip
 
 
-def make_draft(max_tokens: int = 5, prompt_tokens: int = 4) -> SequenceDraft:
-    return SequenceDraft(tuple(range(prompt_tokens)), SamplingParams(max_tokens=max_tokens))
+def make_draft(max_tokens: int = 5, prompt_tokens: int = 4, priority: int = 0) -> SequenceDraft:
+    return SequenceDraft(tuple(range(prompt_tokens)), SamplingParams(max_tokens=max_tokens), priority)
 
 
 def makes(*cores: FakeCore | Exception) -> MakeCore[ModelCard]:
@@ -139,6 +146,7 @@ class Rig:
     make_core: MakeCore[ModelCard]
     make_driver: MakeDriver = InlineDriver
     max_queue: int = 1000
+    max_wait_s: dict[int, float] = field(default_factory=dict)
     restarts: Restarts = Restarts(first_delay_s=0.05)  # noqa: RUF009 - frozen
     capacity: int = 256
     gave_up: GaveUp | None = None
@@ -147,9 +155,9 @@ class Rig:
     service: EngineService = field(init=False)
 
     def __post_init__(self) -> None:
-        self.admission = Admission(self.max_queue)
+        self.admission = Admission(AdmissionLimits(self.max_queue, self.max_wait_s))
         self.engine = EngineActor(
-            self.make_core, self.make_driver, capacity=self.capacity, on_stats=self.admission.observe
+            self.make_core, self.make_driver, capacity=self.capacity, on_step=self.admission.observe
         )
         self.service = EngineService(self.engine, self.admission)
 
@@ -165,6 +173,7 @@ class Rig:
         """The engine serves; at the end it is cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.run)
+            nursery.start_soon(self.service.expire)
             await self.reach(Phase.SERVING)
             yield self
             nursery.cancel_scope.cancel()
@@ -178,10 +187,10 @@ class Rig:
         self.engine.insist(Drain(grace_s))
 
 
-async def read_all(stream: TokenStream) -> list[StreamEvent]:
+async def read_all(stream: TokenStream, within_s: float = 10) -> list[StreamEvent]:
     """Every event until the end, which has to come."""
     events: list[StreamEvent] = []
-    with trio.fail_after(10):
+    with trio.fail_after(within_s):
         while taken := await stream.take():
             events += taken
     return events

@@ -18,7 +18,7 @@ from edgekv.actors.messages import Drain, Submit
 from edgekv.actors.service import SequenceDraft
 from edgekv.actors.stream import Failed, StreamEvent, TokenStream
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import Finished
+from edgekv.core.step import Finished, Resize
 from edgekv.engine.driver import DeviceLost, InlineDriver, MakeDriver, ThreadDriver
 from edgekv.errors import ModelError, NotServing, QueueFull
 from tests.actors.fakes import (
@@ -123,11 +123,11 @@ async def test_what_was_still_in_the_mailbox_when_it_crashed_is_served_by_the_ne
 
 
 async def test_a_bug_in_publishing_is_a_crash_like_any_other() -> None:
-    def broken(stats: object) -> NoReturn:
+    def broken(report: object) -> NoReturn:
         raise ZeroDivisionError("in a callback of run_sync_soon this would end the whole run")
 
     rig = Rig(makes(FakeCore()), ThreadDriver)
-    rig.engine._on_stats = broken
+    rig.engine._on_step = broken
     async with rig.running():
         assert await four_streams(rig) == [RESTARTING] * 4
 
@@ -481,3 +481,27 @@ def test_seeded_schedules_end_every_stream_exactly_once() -> None:
 def test_a_seed_is_a_schedule() -> None:
     for seed in (3, 33, 333):
         assert len({run_seeded(seed, chaos) for _ in range(3)}) == 1
+
+
+# ---- its memory
+
+
+async def test_an_order_about_memory_reaches_the_engine_between_its_steps(make_driver: MakeDriver) -> None:
+    core, order = FakeCore(), Resize(1000, shrink_bytes=10)
+    async with Rig(makes(core), make_driver).running() as rig:
+        rig.engine.insist(order)
+        assert len(await four_streams(rig)) == 4
+    assert core.orders == [order]
+
+
+async def test_an_order_to_an_engine_that_has_crashed_since_is_not_given_to_the_next() -> None:
+    cores = FakeCore(at_step(2, ZeroDivisionError("bug"))), FakeCore()
+    async with Rig(makes(*cores)).running() as rig:
+        (lost,) = await rig.service.open([make_draft()])
+        await rig.reach(Phase.RESTARTING)
+        rig.engine.insist(Resize(1000, grow_bytes=1))
+        assert check_whole(await read_all(lost), 5) == RESTARTING
+        await rig.reach(Phase.SERVING)
+        rig.engine.insist(Resize(2000))
+        assert len(await four_streams(rig)) == 4
+    assert cores[1].orders == [Resize(2000)]

@@ -7,11 +7,14 @@ import trio
 import trio.testing
 
 from edgekv.actors.engine import EngineStatus, Phase
-from edgekv.actors.fault import DEVICE_LOST
+from edgekv.actors.fault import DEVICE_LOST, DRAINING
+from edgekv.actors.messages import Expire
 from edgekv.actors.service import Service
+from edgekv.actors.stream import Failed
+from edgekv.core.step import Finished, StepReport
 from edgekv.engine.driver import LoadProgress
 from edgekv.errors import ContextLengthExceeded, NotServing, QueueFull
-from tests.actors.fakes import FakeCore, Rig, make_card, make_draft, makes, read_all
+from tests.actors.fakes import FakeCore, Rig, check_whole, make_card, make_draft, makes, read_all
 
 
 @pytest.fixture
@@ -118,10 +121,65 @@ def test_a_prompt_does_not_show_when_a_draft_is_printed() -> None:
     assert "(0, 1, 2, 3)" not in repr(make_draft(prompt_tokens=4))
 
 
-async def test_the_card_and_its_limit_follow_a_pool_that_has_shrunk(rig: Rig) -> None:
+async def test_a_pool_that_others_shrank_is_429_for_what_fits_it_when_whole_and_400_for_what_never_does(
+    rig: Rig,
+) -> None:
     put(rig, Phase.SERVING, card=make_card())
     stats = FakeCore().stats()
-    rig.engine.stats.set(replace(stats, pool=replace(stats.pool, total_blocks=10)))
-    assert rig.service.card().pool_tokens == 160
+    rig.engine.stats.set(replace(stats, pool=replace(stats.pool, total_blocks=10, free_blocks=7), most_blocks=1000))
+    card = rig.service.card()
+    assert (card.pool_tokens, card.most_pool_tokens) == (160, 16_000)
+    assert (card.present_tokens, card.limit_tokens) == (160, 16_000)
+    with pytest.raises(QueueFull, match=r"down to 160 of 16,000 tokens: this request needs 165 .* and 112 are"):
+        await rig.service.open([make_draft(max_tokens=161)])
+    with pytest.raises(ContextLengthExceeded, match="maximum context length is 16000 tokens"):
+        await rig.service.open([make_draft(max_tokens=16_001)])
+    assert len(await rig.service.open([make_draft(max_tokens=156)])) == 1
+
+
+async def test_a_pool_that_nobody_shrank_has_one_limit(rig: Rig) -> None:
+    put(rig, Phase.SERVING, card=make_card(pool_tokens=160))
     with pytest.raises(ContextLengthExceeded, match="maximum context length is 160 tokens"):
         await rig.service.open([make_draft(max_tokens=161)])
+
+
+class NeverStarts(FakeCore):
+    """An engine whose sequences all wait for memory."""
+
+    def step(self) -> StepReport:
+        ended, self._ended = self._ended, []
+        return StepReport(self.stats(), finished=tuple(ended))
+
+
+async def test_who_has_waited_too_long_is_refused_after_all_with_a_time_to_come_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    core = NeverStarts()
+    async with Rig(makes(core), max_wait_s={0: 5.0, 10: 60.0}).running() as rig:
+        began = trio.current_time()
+        (batch,) = await rig.service.open([make_draft(priority=10)])
+        await trio.sleep(1)
+        first, second = await rig.service.open([make_draft(), make_draft()])
+        for stream in (first, second):
+            (end,) = await read_all(stream)
+            assert isinstance(end, Failed)
+            assert (end.code, end.retry_after_s) == ("kv_cache_full", 10)
+            assert "has waited 5 s for 9 tokens of KV cache and could not start. Try again in 10 s" in end.message
+        assert trio.current_time() - began == pytest.approx(6)
+        await trio.sleep(0.1)
+        assert core.aborted == [2, 3]
+        assert rig.admission.num_open == 1
+        (end,) = await read_all(batch, within_s=100)
+        assert trio.current_time() - began == pytest.approx(60)
+        assert rig.admission.num_open == 0
+
+
+async def test_who_has_started_is_never_timed_out(autojump_clock: trio.testing.MockClock) -> None:
+    async with Rig(makes(FakeCore()), max_wait_s={0: 1.0}).running() as rig:
+        (stream,) = await rig.service.open([make_draft(2000)])
+        check_whole(await read_all(stream, within_s=100), 2000)
+        rig.engine.insist(Expire(stream.sequence_id, DRAINING))  # too late
+        (stream,) = await rig.service.open([make_draft(50)])
+        await stream.take()
+        rig.engine.insist(Expire(stream.sequence_id, DRAINING))
+        assert isinstance((await read_all(stream))[-1], Finished)

@@ -69,7 +69,8 @@ def test_it_tells_what_a_person_needs(served: Served) -> None:
     assert re.search(r"^GPU KV cache size: [\d,]+ tokens$", text, re.MULTILINE)
     assert re.search(r"^Maximum concurrency for [\d,]+ tokens per request: \d+\.\d\dx$", text, re.MULTILINE)
     assert f"curl {served.url.removesuffix('/v1')}/v1/chat/completions" in text
-    assert {line.split()[0] for line in served.lines} >= {"weights", "workspace", "kv.target", "headroom"}
+    owners = {word for line in served.lines for word in line.split()[1:2]}
+    assert owners >= {"runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others"}
     assert any(line.startswith("loading: ") for line in served.errors)
 
 
@@ -77,6 +78,32 @@ def test_what_was_planned_is_what_was_loaded(served: Served) -> None:
     plan = json.loads(edgekv("plan", str(draft_path()), "--device", "cpu", "--json").stdout)
     loaded = int(re.sub(r"\D", "", next(line for line in served.lines if line.startswith("GPU KV cache size"))))
     assert loaded == pytest.approx(plan["kv"]["pool_tokens"], rel=0.01)
+
+
+def test_what_was_planned_is_what_the_ledger_holds(served: Served) -> None:
+    plan = json.loads(edgekv("plan", str(draft_path()), "--device", "cpu", "--json").stdout)
+    told = json.loads(edgekv("status", "--url", served.url, "--json").stdout)
+    leases = told["ledger"]["leases"]
+    for name in ("weights", "workspace", "kv.target"):
+        assert leases[name] == pytest.approx(plan["leases"][name], rel=0.01), name
+    assert told["ledger"]["leased_bytes"] == sum(leases.values()) <= told["ledger"]["budget_bytes"]
+
+
+def test_status_tells_who_owns_the_memory(served: Served) -> None:
+    shown = edgekv("status", "--url", served.url)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert re.match(r"CPU  ok: [\d,]+ MiB free, headroom [\d,]+ MiB  \(read \d+\.\d s ago by host\)\n", shown.stdout)
+    told = json.loads(edgekv("status", "--url", served.url, "--json").stdout)
+    assert told["state"] == "ok"
+    assert sum(told["owners"].values()) == pytest.approx(told["reading"]["total_bytes"], rel=0.01)
+    assert told["owners"]["kv.target"] == told["pool"]["kv_bytes"] > 0
+
+
+def test_status_without_a_server_is_one_line_and_exit_code_1() -> None:
+    ended = edgekv("status", "--url", "http://127.0.0.1:1")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    told = r"error: no server answers at http://127.0.0.1:1 \(.*\); start one with: edgekv serve\n"
+    assert re.fullmatch(told, ended.stderr)
 
 
 def test_the_openai_client_talks_to_it(served: Served) -> None:

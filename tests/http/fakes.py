@@ -9,7 +9,7 @@ from functools import partial
 import httpx2
 import trio
 
-from edgekv.actors.service import Health, ModelCard, SequenceDraft
+from edgekv.actors.service import Health, MemoryView, ModelCard, SequenceDraft
 from edgekv.actors.stream import Failed, TokenStream
 from edgekv.core.sequence import FinishReason
 from edgekv.core.step import EngineStats, Finished, PoolStats, Sampled, Started, TokenOut
@@ -101,6 +101,10 @@ class ScriptedService:
     tick_s: float = 0.001
     tokens_per_tick: int = 4
     cached_tokens: int = 0
+    miss: str | None = None
+    failure: Failed = field(default_factory=partial(Failed, "device_lost", "The card is gone."))
+    watched: MemoryView | None = None
+    degraded: str = ""
     fails_after: int | None = None
     ends_with: FinishReason | None = None
     refuses: Exception | None = None
@@ -117,7 +121,12 @@ class ScriptedService:
         return self.served
 
     def health(self) -> Health:
-        return Health("loading", "12 % of 3 GB") if isinstance(self.served, Exception) else Health("ok")
+        if isinstance(self.served, Exception):
+            return Health("loading", "12 % of 3 GB")
+        return Health("degraded", self.degraded) if self.degraded else Health("ok")
+
+    def memory(self) -> MemoryView | None:
+        return self.watched
 
     def stats(self) -> EngineStats | None:
         pool = PoolStats(total_blocks=100, free_blocks=60, cached_blocks=15, active_blocks=25, block_size=16)
@@ -168,12 +177,15 @@ class ScriptedService:
     async def _speak(self, draft: SequenceDraft, stream: TokenStream) -> None:
         number, sampling = stream.sequence_id, draft.sampling
         await trio.sleep(self.tick_s)
-        stream.push(Started(number, self.cached_tokens))
+        if self.fails_after == 0:
+            stream.push(self.failure)
+            return
+        stream.push(Started(number, self.cached_tokens, self.miss))
         for count, token_id in enumerate(self._tokens(draft), 1):
             if stream.has_ended:
                 return
             if self.fails_after is not None and count > self.fails_after:
-                stream.push(Failed("device_lost", "The card is gone."))
+                stream.push(self.failure)
                 return
             self.counts["generated"] += 1
             is_stop = token_id in sampling.stop_token_ids and count > sampling.min_tokens

@@ -12,7 +12,7 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import SequenceSpec
-from edgekv.core.step import StepPlan
+from edgekv.core.step import Resize, StepPlan
 from edgekv.engine.core import EngineCore
 from edgekv.engine.kv_pool import KVPool
 from edgekv.engine.runner import Runner
@@ -83,10 +83,18 @@ class EngineHarness:
 
     def shrink(self, num_bytes: int) -> int:
         """Between steps; what was moved must not be read where it was."""
-        given_back = self.segments.shrink(self.scheduler, num_bytes)
+        given_back = self.segments.shrink(self.scheduler, num_bytes, keep_promises=True)
         self.scheduler.check_integrity()
         self._poison_free_blocks()
         return given_back
+
+    def resize(self, *, shrink_bytes: int = 0, grow_bytes: int = 0) -> None:
+        """Between steps, for others' need or after it: below every promise and up again."""
+        self.core.resize(Resize(1 << 40, shrink_bytes, grow_bytes))
+        self.scheduler.check_integrity()
+        self.segments.check_integrity()
+        self._poisoned &= set(self.block_ids())
+        self._poison_free_blocks()
 
     def _poison_free_blocks(self) -> None:
         free = {block for block in self.block_ids() if self.cache.pool.state(block) is BlockState.FREE}

@@ -1,5 +1,6 @@
 """Greedy tokens of every architecture equal transformers', whatever the cache, the batch and the pool do meanwhile."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_while_the_pool_shrinks_under_it(case: Case) -> None:
     assert engine.ledger.leased_bytes == engine.memory.num_bytes
     outputs = engine.run()
     assert [outputs[n] for n in numbers] == case.expected
+
+
+def test_while_the_pool_shrinks_below_its_promises_and_grows_again_at_any_time(case: Case) -> None:
+    engine = EngineHarness(case.model, blocks=64, segment_blocks=8, limits=Limits(max_step_tokens=64))
+    segment_bytes, chance = 8 * engine.memory.block_bytes, random.Random(1)
+    numbers = [engine.submit(prompt) for prompt in PROMPTS]
+    sizes = set()
+    for _ in range(60):
+        for _ in range(chance.randrange(1, 6)):
+            engine.step()
+        segments = chance.randrange(1, 9)
+        if chance.random() < 0.5:
+            engine.resize(shrink_bytes=segments * segment_bytes)
+        else:
+            engine.resize(grow_bytes=segments * segment_bytes)
+        sizes.add(engine.memory.num_blocks)
+    assert {0, 64} <= sizes, "from nothing to everything"
+    engine.resize(grow_bytes=64 * segment_bytes)
+    outputs = engine.run()
+    assert [outputs[n] for n in numbers] == case.expected
+    assert engine.core.stats().preemptions > 0
 
 
 def test_two_salts_share_nothing(case: Case) -> None:

@@ -5,7 +5,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from edgekv.core.block_pool import BlockPool, OutOfBlocks
 from edgekv.core.kv_cache import KVCache
-from edgekv.core.prefix_cache import Hasher, PrefixCache, block_key
+from edgekv.core.prefix_cache import PrefixCache
+from edgekv.core.prefix_tree import OPEN_SALT, Hasher, block_key
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import Sequence, SequenceSpec
 from tests.property.simulated_memory import SimulatedMemory
@@ -18,6 +19,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     pool_class: type[BlockPool] = BlockPool
     prefix_class: type[PrefixCache] = PrefixCache
+    cache_class: type[KVCache] = KVCache
     hasher: Hasher = staticmethod(block_key)
     operations = 0
 
@@ -26,7 +28,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         pool = self.pool_class(block_size=BLOCK_SIZE, segment_blocks=4)
         for size in sizes:
             pool.add_segment(size)
-        self.cache = KVCache(pool, self.prefix_class(BLOCK_SIZE, type(self).hasher))
+        self.cache = self.cache_class(pool, self.prefix_class(BLOCK_SIZE, type(self).hasher))
         self.memory = SimulatedMemory(self.cache)
         self.running: list[Sequence] = []
         self.born = 0
@@ -35,7 +37,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=22),
         again=st.integers(0, 40),
-        salt=st.sampled_from([b"", b"", b"tenant"]),
+        salt=st.sampled_from([b"", b"", b"tenant", OPEN_SALT]),
     )
     def admit(self, prompt: list[int], again: int, salt: bytes) -> None:
         """A new sequence; most of them begin like an earlier one."""
@@ -94,19 +96,20 @@ class KVCacheMachine(RuleBasedStateMachine):
             self.cache.pool.add_segment(size)
 
     @precondition(lambda self: len(self.cache.pool.segments) > 1)
-    @rule(which=st.integers(0, 5))
-    def shrink_pool(self, which: int) -> None:
-        """Vacate any segment between steps, and take it away."""
+    @rule(which=st.integers(0, 5), more=st.integers(0, 2))
+    def shrink_pool(self, which: int, more: int) -> None:
+        """Vacate any segments between steps, and take them away."""
         self.cache.unpin()
         segments = sorted(self.cache.pool.segments)
-        segment = segments[which % len(segments)]
+        gone = segments[which % len(segments) :][: 1 + more]
         try:
-            copies = self.cache.vacate(segment, self.running)
+            copies = self.cache.vacate(gone, self.running)
         except OutOfBlocks:
             return
         self.memory.copy_all(copies)
-        self.cache.pool.remove_segment(segment)
-        self.memory.forget_segment(segment)
+        for segment in gone:
+            self.cache.pool.remove_segment(segment)
+            self.memory.forget_segment(segment)
 
     @invariant()
     def invariants_hold(self) -> None:

@@ -2,6 +2,7 @@
 
 from edgekv.core.block_pool import BlockState
 from edgekv.core.kv_cache import KVCache
+from edgekv.core.prefix_tree import OPEN_SALT
 from edgekv.core.sequence import Sequence
 from edgekv.core.step import BlockCopy
 
@@ -47,10 +48,11 @@ class SimulatedMemory:
             self.slots[block, position % self.cache.block_size] = self._content(sequence, position)
 
     def check(self, sequence: Sequence, end: int) -> None:
-        """Every position before `end` holds this sequence's own context."""
+        """Every position before `end` holds this sequence's own context, of its own salt or open to all."""
         for position in range(end):
             slot = sequence.block_table[position // self.cache.block_size], position % self.cache.block_size
-            assert self.slots.get(slot) == self._content(sequence, position), f"slot {slot} holds another context"
+            salt, context = self._content(sequence, position)
+            assert self.slots.get(slot) in ((salt, context), (OPEN_SALT, context)), f"slot {slot} holds another context"
 
     def forget_free_blocks(self) -> None:
         """Poison what is free, so that a stale reference cannot read right by luck."""

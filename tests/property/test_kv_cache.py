@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.prefix_cache import Node, PrefixCache, block_key
+from edgekv.core.prefix_cache import PrefixCache
+from edgekv.core.prefix_tree import Node, block_key
 from tests.property.kv_cache_machine import KVCacheMachine
 
 LONG = settings(

@@ -11,7 +11,7 @@ from edgekv.core.block_pool import BlockPool
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
-from edgekv.core.scheduler import Limits, Scheduler
+from edgekv.core.scheduler import SPARED_AFTER, Limits, Scheduler, Vacated
 from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec
 from edgekv.core.step import Finished, Sampled, StepPlan
 from tests.property.simulated_memory import SimulatedMemory
@@ -246,7 +246,7 @@ def test_cached_tokens_are_exact_to_the_token() -> None:
     engine.step()
     (started,) = engine.scheduler.take_started()
     assert started.cached_tokens == 31
-    assert started.miss == "diverged: at token 3 of block 7 of the longest match"
+    assert started.miss == "diverged: at token 31 of block 7 from the longest match"
 
 
 def test_a_follow_up_reuses_the_answer_too() -> None:
@@ -272,11 +272,72 @@ def test_when_the_pool_became_too_small_the_head_of_the_queue_is_hopeless() -> N
     engine = SimulatedEngine(10, Limits())
     submit(engine, 7, [0] * 30, 4)
     engine.cache.pool.remove_segment(0)
+    engine.cache.pool.forget_growth()
     assert not engine.scheduler.plan().chunks
     assert engine.scheduler.hopeless() == [7]
     (finished,) = engine.scheduler.give_up([7], FinishReason.OUT_OF_MEMORY, "too small")
     assert finished.reason is FinishReason.OUT_OF_MEMORY
     assert not engine.scheduler.busy
+
+
+def test_nobody_is_hopeless_while_the_pool_may_grow_back() -> None:
+    engine = SimulatedEngine(10, Limits())
+    submit(engine, 7, [0] * 30, 4)
+    engine.cache.pool.remove_segment(0)
+    assert not engine.scheduler.plan().chunks
+    assert engine.scheduler.hopeless() == []
+    submit(engine, 8, [1] * 36, 4)
+    engine.cache.pool.add_segment(4)
+    while engine.scheduler.busy:
+        engine.step()
+    assert sorted(engine.order) == [7, 8], "what fits the pool as it may be is not refused either"
+
+
+def test_whoever_is_too_large_for_the_present_pool_keeps_nobody_waiting_and_loses_no_place() -> None:
+    engine = SimulatedEngine(12, Limits(max_sequences=1))
+    submit(engine, 0, [0] * 30, 4)
+    engine.cache.pool.remove_segment(0)
+    engine.cache.pool.remove_segment(1)
+    for number in (1, 2, 3):
+        submit(engine, number, [number % 3] * 5, 3)
+    while len(engine.order) < 2:
+        engine.step()
+    assert engine.order == [1, 2]
+    engine.cache.pool.add_segment(4)
+    engine.cache.pool.add_segment(4)
+    while engine.scheduler.busy:
+        engine.step()
+    assert engine.order == [1, 2, 0, 3]
+    assert engine.outputs[0] == alone((0,) * 30, 4)
+
+
+def test_batch_work_is_one_in_eleven_under_a_constant_stream_of_interactive_work() -> None:
+    engine = SimulatedEngine(40, Limits(max_sequences=1))
+    for number in range(4):
+        submit(engine, number, [0, 1], 2, priority=10)
+    for number in range(4, 60):
+        submit(engine, number, [1, 2], 2, priority=0)
+    while len(engine.order) < 33:
+        engine.step()
+    assert [place for place, number in enumerate(engine.order) if number < 4] == [1, 12, 23]
+
+
+def test_a_sequence_that_was_preempted_often_is_taken_only_beside_older_ones_of_that_kind() -> None:
+    engine = SimulatedEngine(16, Limits(max_sequences=3))
+    for number, priority in ((0, 10), (1, 0), (2, 0)):
+        submit(engine, number, [number] * 12, 16, priority)
+    engine.step()
+    assert engine.scheduler.num_running == 3
+    spared = next(s for s in engine.scheduler.running if s.id == 0)
+    spared.num_preemptions = SPARED_AFTER
+    preempted: list[int] = []
+    while engine.scheduler.busy:
+        plan = engine.scheduler.plan()
+        preempted += plan.preempted
+        engine.run(plan)
+    assert preempted
+    assert 0 not in preempted, "whatever its priority"
+    assert sorted(engine.order) == [0, 1, 2]
 
 
 def test_a_segment_is_vacated_under_running_sequences_unless_that_breaks_a_promise() -> None:
@@ -286,15 +347,15 @@ def test_a_segment_is_vacated_under_running_sequences_unless_that_breaks_a_promi
     for _ in range(4):
         engine.step()
     for remaining in (12, 8):
-        vacated = engine.scheduler.vacate_segment()
-        assert vacated is not None
-        segment, copies = vacated
-        engine.memory.copy_all(copies)
+        vacated = engine.scheduler.vacate(1, keep_promises=True)
+        (segment,) = vacated.segments
+        engine.memory.copy_all(list(vacated.copies))
         engine.cache.pool.remove_segment(segment)
         engine.memory.forget_segment(segment)
         engine.scheduler.check_integrity()
         assert engine.cache.pool.total_blocks == remaining
-    assert engine.scheduler.vacate_segment() is None, "four blocks cannot hold a sequence of 21 tokens"
+    vacated = engine.scheduler.vacate(1, keep_promises=True)
+    assert vacated == Vacated((), ()), "four blocks cannot hold a sequence of 21 tokens"
     while engine.scheduler.busy:
         engine.step()
     assert engine.outputs == {n: alone((n,) * 9, 12) for n in range(3)}

@@ -1,18 +1,27 @@
 """What an engine is built from: the configuration's choices, and what is refused before anything is loaded."""
 
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 
-from edgekv.cli.running import _spin_briefly, http_settings
+from edgekv.actors.root import Exit
+from edgekv.cli import running
+from edgekv.cli.running import _measured_again, _Server, _shares, _spin_briefly, http_settings
 from edgekv.cli.serve import served_model
 from edgekv.config.settings import Config
 from edgekv.core.capacity import GIB, MIB
+from edgekv.core.reading import Reading
+from edgekv.core.spill import Headroom
 from edgekv.demo import draft_path, target_path
 from edgekv.engine.settings import ContextTooLong, EngineSettings, NoRoomForKV, lease, plan_engine
 from edgekv.errors import ModelError, OverBudget
 from edgekv.model.hf_config import read_spec
 from edgekv.smi.device import Place
+from edgekv.smi.reader import Source
 
 CPU = Place("cpu", "cpu", "CPU", 8 * GIB)
 
@@ -29,7 +38,10 @@ def test_the_models_own_settings_go_over_the_general_ones() -> None:
         },
     )
     settings = EngineSettings.from_config(config, config.models["m"], CPU)
-    assert settings == EngineSettings(Path("/m"), CPU, None, "bfloat16", GIB, 1000, 32, False, 4, 64)
+    assert settings == EngineSettings(
+        folder=Path("/m"), place=CPU, kv_dtype="bfloat16", kv_budget=GIB, context_tokens=1000, block_size=32,
+        prefix_cache=False, max_sequences=4, max_step_tokens=64,
+    )  # fmt: skip
     shared = configured(kv={"budget": "25%"}, models={"m": {"path": "/m", "dtype": "float32"}})
     settings = EngineSettings.from_config(shared, shared.models["m"], CPU)
     assert (settings.dtype, settings.kv_dtype, settings.kv_budget, settings.context_tokens) == (
@@ -50,7 +62,7 @@ def test_a_context_beyond_the_models_own_is_refused() -> None:
 def test_every_part_of_the_plan_is_leased() -> None:
     _, memory = plan_engine(EngineSettings(draft_path(), CPU), read_spec(draft_path()))
     ledger = lease(memory)
-    assert list(ledger.statement()) == ["weights", "workspace", "kv.target"]
+    assert list(ledger.statement()) == ["runtime", "weights", "workspace", "kv.target"]
     assert ledger.budget_bytes == CPU.free_bytes - memory.headroom_bytes
     assert ledger.free_bytes == memory.free_bytes
 
@@ -84,6 +96,93 @@ def test_without_a_model_it_is_the_demo() -> None:
     name, _, settings = served_model(Config(), None)
     assert (name, settings.folder) == ("demo", target_path())
     assert served_model(Config(), "demo")[0] == "demo"
+
+
+def test_the_device_says_what_is_left_to_others() -> None:
+    config = configured(
+        devices={"memory": {"match": {"vendor": "cpu"}, "desktop_reserve": "1GiB", "vram_budget": "50%"}},
+        models={"m": {"path": str(draft_path()), "device": "memory"}},
+    )
+    place = served_model(config, None)[2].place
+    assert (place.reserve_bytes, place.most_bytes) == (GIB, place.total_bytes // 2)
+    assert served_model(config, None, CPU)[2].place is CPU
+
+
+class Told:
+    """A source whose readings say that a given amount is free."""
+
+    def __init__(self, free_bytes: int, hangs: threading.Event | None = None) -> None:
+        self._free_bytes, self._hangs = free_bytes, hangs
+
+    def read(self, at: float) -> Reading:
+        if self._hangs is not None:
+            self._hangs.wait(30)
+        return Reading(16 * GIB, 16 * GIB - self._free_bytes, 0, "told", at)
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def source(self) -> Source:
+        return Source("told", lambda: self)
+
+
+def server(*told: Told) -> _Server:
+    engine = EngineSettings(draft_path(), CPU, kv_budget=MIB)
+    return _Server(Config(), "draft", ("alias",), engine, tuple(each.source for each in told))
+
+
+def test_an_engine_that_starts_again_is_planned_with_what_is_free_then() -> None:
+    serves = server(Told(5 * GIB))
+    _, first = serves._make_core(lambda done, total, stage: None)
+    assert serves._assembly is not None
+    assert serves._assembly.memory.total_bytes == 8 * GIB  # as it was planned before it was told to serve
+    _, again = serves._make_core(lambda done, total, stage: None)
+    memory = serves._assembly.memory
+    assert (memory.total_bytes, memory.others_bytes) == (16 * GIB, 11 * GIB)
+    assert (first.name, first.aliases, first.pool_tokens) == ("draft", ("alias",), again.pool_tokens)
+
+
+async def test_the_server_is_told_of_the_guard_and_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    async def run_server(**arguments: Any) -> Exit:
+        await trio.lowlevel.checkpoint()
+        told.update(arguments)
+        return Exit(0)
+
+    monkeypatch.setattr(running, "run_server", run_server)
+    place = replace(CPU, title="a card", total_bytes=16 * GIB, reserve_bytes=GIB, most_bytes=3 * GIB)
+    config = configured(priorities={"interactive": {"max_wait": "5s"}}, server={"max_queue": 7})
+    sources = (Told(GIB).source,)
+    await _Server(config, "m", (), EngineSettings(draft_path(), place), sources).serve()
+    assert (told["sources"], told["device"], told["max_queue"]) == (sources, "a card", 7)
+    assert told["max_wait_s"] == {0: 5.0, 10: 3600.0}
+    policy = told["policy"]
+    assert policy.headroom == Headroom.of(16 * GIB, GIB)
+    # The most that may be leased holds, whatever is free.
+    decision = policy.observe(Reading(16 * GIB, 0, 0, "told", 0.0), None, busy=False, now=0.0)
+    assert decision.budget_bytes == 3 * GIB
+
+
+def test_a_driver_that_hangs_does_not_hold_up_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "REFRESH_DEADLINE_S", 0.05)
+    released = threading.Event()
+    try:
+        assert _measured_again(CPU, [Told(GIB, released).source]) == CPU
+    finally:
+        released.set()
+
+
+def test_the_summary_says_where_every_byte_of_the_device_is() -> None:
+    serves = server()
+    serves._make_core(lambda done, total, stage: None)
+    assert serves._assembly is not None
+    shares = _shares(serves._assembly)
+    assert [share.name for share in shares] == [
+        "runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others",
+    ]  # fmt: skip
+    assert sum(share.num_bytes for share in shares) == 8 * GIB
 
 
 def test_the_endpoint_gets_what_was_configured() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 import edgekv
 from edgekv.config.load import json_schema, load_config
-from edgekv.config.settings import Config
+from edgekv.config.settings import Config, Model
 from edgekv.config.units import GIB, MIB, Share
+from edgekv.engine.settings import EngineSettings
 from edgekv.errors import ConfigError
+from edgekv.smi.device import Place
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -143,8 +145,18 @@ logging: {level: inf}
         ("models: {m: {path: model, context: -1}}", "1:36: error: models.m.context: expected a number of tokens"),
         ("models: {m: {path: model, load: on-demand}}", "1:33: error: models.m.load: 'on-demand' is not available yet"),
         ("models: {m: {path: model}, n: {path: model}}", "1:31: error: models.n: a second model is not available yet"),
-        ("priorities: {batch: {weight: 1}}", "1:1: error: priorities: not available yet in this version"),
-        ("devices: {d: {match: {vendor: amd}, vram_budget: 9%}}", "1:37: error: devices.d.vram_budget: not available"),
+        ("priorities: {batch: {weight: 0}}", "1:30: error: priorities.batch.weight: must be at least 1, not 0"),
+        ("priorities: {batch: {max_wait: 0s}}", "1:32: error: priorities.batch.max_wait: expected a duration of at"),
+        ("priorities: {urgent: {max_wait: 1s}}", "1:14: error: priorities.urgent: unknown key 'urgent'"),
+        (
+            "devices: {d: {match: {vendor: amd}, vram_budget: 9}}",
+            "1:50: error: devices.d.vram_budget: expected a size such as '16GiB' or a share such as '90%', not 9",
+        ),
+        (
+            "devices: {d: {match: {vendor: amd}, desktop_reserve: 9%}}",
+            "1:54: error: devices.d.desktop_reserve: expected a size with its unit",
+        ),
+        ("devices: {d: {match: {vendor: amd}, vram_bugdet: 9%}}", "1:37: error: devices.d.vram_bugdet: unknown key"),
         ("devices: {cpu: {match: {vendor: cpu}}}", "1:16: error: devices.cpu: 'cpu' has a meaning of its own"),
         ("kv: {spill: always}", "1:13: error: kv.spill: expected 'never', not 'always'"),
         ("kv: {budget: 200%}", "1:14: error: kv.budget: expected a percentage between 0% and 100%"),
@@ -155,6 +167,75 @@ logging: {level: inf}
 def test_each_fault_says_what_to_do(file: Path, text: str, fault: str) -> None:
     found = faults(file, text)
     assert any(line.startswith(f"config.yaml:{fault}") for line in found), found
+
+
+PINNED = "kv: {{prefix_cache: {cache}}}\nmodels: {{m: {{path: model, pinned_prompts: [{prompts}]}}}}"
+
+
+def test_pinned_prompts_come_from_files_or_texts(file: Path) -> None:
+    (file.parent / "house.txt").write_text("Be brief, naïve one.")
+    prompts = (
+        "{name: a, file: house.txt}, {name: b, text: Hello, role: user, ttl: 1h, priority: 3}, "
+        "{name: c, raw: true, text: x}"
+    )
+    [a, b, c] = load(file, PINNED.format(cache="true", prompts=prompts)).models["m"].pinned_prompts
+    assert (a.content(), a.role, a.raw, a.ttl_s, a.priority) == ("Be brief, naïve one.", "system", False, "never", 0)
+    assert (b.content(), b.role, b.ttl_s, b.priority) == ("Hello", "user", 3600.0, 3)
+    assert (c.content(), c.raw) == ("x", True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "fault"),
+    [
+        ("{name: a}", "[0]: give either 'file' or 'text'"),
+        ("{name: a, text: x, file: full}", "[0]: give either 'file' or 'text', not both"),
+        ("{name: a, text: x}, {name: a, text: y}", "[1].name: 'a' is the name of an earlier pinned prompt"),
+        ("{name: a, text: x, raw: true, role: user}", "[0].role: a raw prompt is nobody's message"),
+        ("{name: a, text: ''}", "[0].text: must not be empty"),
+        ("{name: a, text: x, role: assistant}", "[0].role: expected 'system' or 'user', not 'assistant'"),
+        ("{name: a, text: x, ttl: 1}", "[0].ttl: expected a duration with its unit"),
+        ("{name: a, text: x, tll: 1h}", "[0].tll: unknown key 'tll'; did you mean 'ttl'?"),
+        ("{name: a, file: none}", "[0].file: {folder}/none: no such file"),
+        ("{name: a, file: model}", "[0].file: {folder}/model: not a file"),
+        ("{name: a, file: empty}", "[0].file: {folder}/empty: empty"),
+        ("{name: a, file: latin}", "[0].file: {folder}/latin: not UTF-8 text"),
+        ("{name: a, file: huge}", "[0].file: {folder}/huge: larger than 1 MiB, which no context holds"),
+    ],
+)
+def test_what_is_wrong_with_a_pinned_prompt_is_said_before_anything_loads(file: Path, prompts: str, fault: str) -> None:
+    for name, content in (("full", b"x"), ("empty", b""), ("latin", b"\xff"), ("huge", b"x" * (MIB + 1))):
+        (file.parent / name).write_bytes(content)
+    [found] = faults(file, PINNED.format(cache="true", prompts=prompts))
+    assert f"error: models.m.pinned_prompts{fault.format(folder=file.parent)}" in found
+
+
+def test_pinned_prompts_need_the_prefix_cache(file: Path) -> None:
+    [found] = faults(file, PINNED.format(cache="false", prompts="{name: a, text: x}"))
+    assert found.endswith("models.m.pinned_prompts: they live in the prefix cache, and kv.prefix_cache is off")
+
+
+def test_a_device_says_what_it_leaves_to_others_and_what_edgekv_may_have(file: Path) -> None:
+    text = "devices: {{a: {{match: {{vendor: amd}}, desktop_reserve: 768MiB, vram_budget: {}}}}}"
+    device = load(file, text.format("94%")).devices["a"]
+    assert (device.desktop_reserve_bytes, device.vram_budget) == (768 * MIB, Share(0.94))
+    assert load(file, text.format("20GiB")).devices["a"].vram_budget == 20 * GIB
+    found = load(
+        file, text.format("94%"), ["devices.a.vram_budget=4GiB"], {"EDGEKV_DEVICES__A__DESKTOP_RESERVE": "1GiB"}
+    )
+    assert (found.devices["a"].vram_budget, found.devices["a"].desktop_reserve_bytes) == (4 * GIB, GIB)
+
+
+def test_each_priority_has_its_own_patience(file: Path) -> None:
+    assert Config().priorities.max_wait_s == {0: 600.0, 10: 3600.0}
+    assert load(file, "priorities: {interactive: {max_wait: 5s}}").priorities.max_wait_s == {0: 5.0, 10: 3600.0}
+
+
+def test_each_priority_has_its_own_weight_and_the_engine_is_told(file: Path) -> None:
+    config = load(file, "priorities: {batch: {weight: 3}}")
+    assert config.priorities.weights == {0: 10, 10: 3}
+    model = Model.model_construct(path=file.parent)
+    assert EngineSettings.from_config(config, model, Place("cpu", "cpu", "CPU", GIB)).weights == {0: 10, 10: 3}
+    assert EngineSettings(file.parent, Place("cpu", "cpu", "CPU", GIB)).weights == Config().priorities.weights
 
 
 def test_a_secret_is_never_repeated(file: Path) -> None:

@@ -86,3 +86,32 @@ def test_stats_add_up() -> None:
     pool.release(one, keep=True)
     stats = pool.stats()
     assert (stats.free_blocks, stats.cached_blocks, stats.active_blocks, stats.total_blocks) == (4, 1, 1, 6)
+
+
+def test_segments_are_told_in_the_order_of_their_active_blocks() -> None:
+    pool = make_pool(4, 4, 4)
+    full = pool.allocate(4)
+    some = pool.allocate(2)
+    assert pool.emptiest_segments() == [2, some[0] // 4, full[0] // 4]
+    for block in full:
+        pool.release(block, keep=True)
+    assert pool.emptiest_segments()[-1] == some[0] // 4, "cached blocks cost nothing"
+    pool.check_integrity()
+
+
+def test_no_block_is_taken_from_segments_that_go() -> None:
+    pool = make_pool(4, 4, 4)
+    assert pool.free_blocks_beside([0, 2]) == 4
+    assert {block // 4 for block in pool.allocate(4, beside=[0, 2])} == {1}
+    with pytest.raises(OutOfBlocks, match="1 blocks asked, 0 free"):
+        pool.allocate(1, beside=[0, 2])
+
+
+def test_the_most_that_it_had_is_remembered_until_it_is_not_to_come_back() -> None:
+    pool = make_pool(4, 4)
+    pool.remove_segment(0)
+    assert (pool.total_blocks, pool.most_blocks) == (4, 8)
+    pool.forget_growth()
+    assert pool.most_blocks == 4
+    pool.add_segment(2)
+    assert pool.most_blocks == 6

@@ -7,16 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekv.core.capacity import (
+    DRAFT_KV_BYTES,
     GIB,
     MIB,
+    RUNTIME_BYTES,
+    Draft,
+    MemoryPlan,
     auto_kv_budget,
+    beyond_window_bytes,
     choose_dtype,
+    decode_read_bytes,
+    headroom_bytes,
+    plan_memory,
+    workspace_bytes,
+)
+from edgekv.core.kv_format import (
+    KV_FORMATS,
+    KVFormatName,
     context_need_bytes,
     kv_bytes_per_token,
     plan_kv,
-    plan_memory,
     segment_blocks,
-    workspace_bytes,
 )
 
 
@@ -31,6 +42,8 @@ class Shape:
     intermediate_size: int = 14_336
     num_heads: int = 32
     max_position_embeddings: int = 8192
+    windows: tuple[int | None, ...] = (None,) * 32
+    attention_softcap: float | None = None
 
 
 LLAMA_8B = Shape(32, 8, 128)
@@ -46,7 +59,7 @@ def test_bytes_per_token_of_known_models(shape: Shape, kib: int) -> None:
 
 
 def test_a_pool_is_whole_blocks() -> None:
-    plan = plan_kv(LLAMA_8B, kv_dtype_bytes=2, block_size=16, budget_bytes=4 * GIB + 1)
+    plan = plan_kv(LLAMA_8B, kv_format="bfloat16", block_size=16, budget_bytes=4 * GIB + 1)
     assert plan.block_bytes == 2 * MIB
     assert plan.num_blocks == 2048
     assert plan.pool_tokens == 32_768
@@ -58,8 +71,8 @@ def test_a_pool_is_whole_blocks() -> None:
 
 
 def test_one_byte_less_is_one_block_less() -> None:
-    assert plan_kv(LLAMA_8B, kv_dtype_bytes=2, block_size=16, budget_bytes=4 * GIB - 1).num_blocks == 2047
-    assert plan_kv(LLAMA_8B, kv_dtype_bytes=2, block_size=16, budget_bytes=-1).num_blocks == 0
+    assert plan_kv(LLAMA_8B, kv_format="bfloat16", block_size=16, budget_bytes=4 * GIB - 1).num_blocks == 2047
+    assert plan_kv(LLAMA_8B, kv_format="bfloat16", block_size=16, budget_bytes=-1).num_blocks == 0
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_a_segment_is_the_largest_power_of_two_within_64_mib(block_bytes: int, b
 @given(st.integers(1, 1 << 24), st.integers(0, 1 << 34))
 def test_segments_hold_exactly_the_pool(bytes_per_head: int, budget: int) -> None:
     shape = Shape(1, 1, max(1, bytes_per_head // 4))
-    plan = plan_kv(shape, kv_dtype_bytes=4, block_size=16, budget_bytes=budget)
+    plan = plan_kv(shape, kv_format="float32", block_size=16, budget_bytes=budget)
     assert sum(plan.segments) == plan.num_blocks
     assert plan.pool_bytes <= budget < plan.pool_bytes + plan.block_bytes
     assert all(segment == plan.segment_blocks for segment in plan.segments[:-1])
@@ -92,7 +105,7 @@ def test_main_memory_is_shared_and_a_card_is_not() -> None:
 
 
 def test_a_context_takes_whole_blocks() -> None:
-    assert context_need_bytes(LLAMA_8B, kv_dtype_bytes=2, block_size=16, context_tokens=17) == 32 * 128 * 1024
+    assert context_need_bytes(LLAMA_8B, kv_format="bfloat16", block_size=16, context_tokens=17) == 32 * 128 * 1024
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,12 @@ def test_the_dtype_that_is_chosen(checkpoint: str, parameters: int, device: str,
     assert choice.reason
 
 
-def plan(total_bytes: int, **changes: object):  # type: ignore[no-untyped-def]
+SMALL_DRAFT = Shape(
+    4, 2, 64, num_parameters=100_000_000, hidden_size=512, intermediate_size=2048, num_heads=8, windows=(None,) * 4
+)
+
+
+def plan(total_bytes: int, **changes: object) -> MemoryPlan:
     asked = {
         "device": "card", "total_bytes": total_bytes, "dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 16,
         "context_tokens": 8192, "max_sequences": 16, "max_step_tokens": 512,
@@ -120,14 +138,135 @@ def plan(total_bytes: int, **changes: object):  # type: ignore[no-untyped-def]
     return plan_memory(LLAMA_8B, **asked)  # type: ignore[arg-type]
 
 
-def test_every_byte_of_the_device_is_accounted_for() -> None:
+@given(
+    total=st.integers(0, 128 * GIB),
+    held=st.floats(0, 1),
+    reserve=st.none() | st.integers(0, 8 * GIB),
+    most=st.none() | st.integers(0, 128 * GIB),
+    kv_budget=st.none() | st.integers(0, 64 * GIB) | st.floats(0, 1),
+    draft=st.none() | st.just(Draft(SMALL_DRAFT, "bfloat16")) | st.just(Draft(SMALL_DRAFT, "bfloat16", GIB)),
+    device=st.sampled_from(["cpu", "card"]),
+)
+def test_every_byte_of_the_device_is_accounted_for(
+    total: int,
+    held: float,
+    reserve: int | None,
+    most: int | None,
+    kv_budget: int | float | None,
+    draft: Draft | None,
+    device: str,
+) -> None:
+    made = plan(
+        total, free_bytes=total - int(total * held), reserve_bytes=reserve, most_bytes=most, kv_budget=kv_budget,
+        draft=draft, device=device,
+    )  # fmt: skip
+    parts = sum(made.leases.values()) + made.free_bytes
+    assert parts + made.withheld_bytes + made.headroom_bytes + made.others_bytes == total
+    if most is not None:
+        assert made.budget_bytes <= most
+    if kv_budget is None and made.kv.num_blocks:
+        assert sum(made.leases.values()) <= made.budget_bytes
+    assert (made.missing_bytes > 0) == (made.fixed_bytes + made.kv.block_bytes > made.budget_bytes) or total == 0
+    assert made.ceiling_blocks >= made.kv.num_blocks
+
+
+def test_a_card_is_filled_up_to_its_headroom() -> None:
     made = plan(24 * GIB)
     assert made.weight_bytes == 2 * LLAMA_8B.num_parameters
-    parts = made.headroom_bytes + made.weight_bytes + made.workspace_bytes + made.kv.pool_bytes + made.free_bytes
-    assert parts == 24 * GIB
     assert 0 <= made.free_bytes < made.kv.block_bytes
     assert made.fits
     assert made.headroom_bytes == 24 * GIB * 6 // 100
+    assert list(made.leases) == ["runtime", "weights", "workspace", "graphs", "kv.target"]
+    assert made.runtime_bytes == RUNTIME_BYTES["card"]
+    assert plan(24 * GIB, runtime_bytes=GIB).runtime_bytes == GIB
+
+
+def test_the_headroom_is_of_the_whole_device_however_little_is_free() -> None:
+    made = plan(64 * GIB, free_bytes=30 * GIB)
+    assert made.others_bytes == 34 * GIB
+    assert made.headroom_bytes == headroom_bytes(64 * GIB)
+    assert made.budget_bytes == 30 * GIB - headroom_bytes(64 * GIB)
+    assert plan(64 * GIB, reserve_bytes=GIB).headroom_bytes == GIB
+
+
+def test_a_budget_withholds_what_is_beyond_it() -> None:
+    made = plan(64 * GIB, most_bytes=30 * GIB)
+    assert made.budget_bytes == 30 * GIB
+    assert made.withheld_bytes == 64 * GIB - made.headroom_bytes - 30 * GIB
+    assert sum(made.leases.values()) <= 30 * GIB < sum(made.leases.values()) + made.kv.block_bytes
+
+
+def test_a_pool_on_a_card_may_grow_into_what_others_held_when_it_was_loaded() -> None:
+    alone, beside = plan(48 * GIB), plan(48 * GIB, free_bytes=40 * GIB)
+    assert alone.ceiling_blocks == alone.kv.num_blocks
+    assert beside.kv.num_blocks < beside.ceiling_blocks == alone.kv.num_blocks
+    assert beside.ceiling_bytes == beside.ceiling_blocks * beside.kv.block_bytes
+
+
+def test_no_pool_may_grow_beyond_what_was_set_for_it() -> None:
+    for changes in ({"kv_budget": 4 * GIB}, {"device": "cpu"}, {"most_bytes": 30 * GIB}):
+        made = plan(64 * GIB, **{"free_bytes": 50 * GIB} | changes)
+        assert made.ceiling_blocks == made.kv.num_blocks, changes
+    grown = plan(64 * GIB, free_bytes=30 * GIB, most_bytes=40 * GIB)
+    assert grown.fixed_bytes + grown.ceiling_bytes <= 40 * GIB < grown.fixed_bytes + grown.ceiling_bytes + 2 * MIB
+
+
+def test_a_draft_has_lines_of_its_own_and_takes_from_the_pool() -> None:
+    without, made = plan(24 * GIB), plan(24 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16", GIB))
+    assert made.draft is not None
+    assert (made.leases["weights.draft"], made.leases["kv.draft"]) == (200_000_000, made.draft.kv.pool_bytes)
+    assert GIB - made.draft.kv.block_bytes < made.draft.kv.pool_bytes <= GIB
+    less = without.kv.pool_bytes - made.kv.pool_bytes
+    assert abs(less - made.draft.num_bytes) < 2 * made.kv.block_bytes
+    assert list(made.leases)[-3:] == ["weights.draft", "kv.draft", "kv.target"]
+
+
+def test_a_drafts_pool_is_no_larger_than_it_can_use() -> None:
+    chosen = plan(24 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16")).draft
+    assert chosen is not None
+    sixteen = 16 * context_need_bytes(SMALL_DRAFT, kv_format="bfloat16", block_size=16, context_tokens=8192)
+    assert chosen.kv.pool_bytes == sixteen < DRAFT_KV_BYTES
+
+
+def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
+    made = plan(18 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16"), max_sequences=256)
+    assert made.draft is not None
+    left = made.kv.pool_bytes + made.free_bytes + made.draft.kv.pool_bytes
+    assert left // 4 - made.draft.kv.block_bytes < made.draft.kv.pool_bytes <= left // 4
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_block"),
+    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales: 128 of K and 16 of V, two bytes each
+    [("float32", 4096 * 4), ("bfloat16", 4096 * 2), ("float16", 4096 * 2), ("fp8", 4096), ("int8", 4096 + 288),
+     ("int4", 2048 + 288)],
+)  # fmt: skip
+def test_blocks_of_each_format(name: KVFormatName, bytes_per_block: int) -> None:
+    made = KV_FORMATS[name]
+    assert made.block_bytes(LLAMA_8B, 16) == 256 * bytes_per_block
+    assert made.served == (name in ("float32", "bfloat16", "float16"))
+    kv = plan_kv(LLAMA_8B, kv_format=name, block_size=16, budget_bytes=GIB)
+    assert kv.num_blocks == GIB // (256 * bytes_per_block)
+    assert kv.bytes_per_token == -(-256 * bytes_per_block // 16)
+
+
+def test_a_token_reads_every_weight_once_and_what_its_windows_show() -> None:
+    asked = {"dtype": "bfloat16", "kv_format": "bfloat16", "block_size": 16}
+    tied = decode_read_bytes(LLAMA_8B, context_tokens=0, tied=True, **asked)  # type: ignore[arg-type]
+    assert tied == 2 * LLAMA_8B.num_parameters
+    untied = decode_read_bytes(LLAMA_8B, context_tokens=1000, tied=False, **asked)  # type: ignore[arg-type]
+    assert untied == tied - 2 * 128_256 * 4096 + 1000 * 128 * 1024
+    half = Shape(32, 8, 128, windows=(512, None) * 16)
+    seen = decode_read_bytes(half, context_tokens=1000, tied=True, **asked) - tied  # type: ignore[arg-type]
+    assert seen == (16 * 512 + 16 * 1000) * 4096
+
+
+def test_what_lies_behind_a_window_is_whole_blocks_of_its_layers() -> None:
+    shape = Shape(32, 8, 128, windows=(512, None) * 16)
+    asked = {"kv_format": "bfloat16", "block_size": 16}
+    assert beyond_window_bytes(shape, context_tokens=512 + 33, **asked) == 16 * 2 * 16 * 4096  # type: ignore[arg-type]
+    assert beyond_window_bytes(shape, context_tokens=512, **asked) == 0  # type: ignore[arg-type]
+    assert beyond_window_bytes(LLAMA_8B, context_tokens=8192, **asked) == 0  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:
@@ -143,9 +282,22 @@ def test_a_pool_smaller_than_the_context_does_not_fit() -> None:
     assert plan(24 * GIB, kv_budget=0.05).kv.pool_bytes <= int(24 * GIB * 0.05)
 
 
+def test_a_share_is_of_what_is_free() -> None:
+    made = plan(64 * GIB, free_bytes=40 * GIB, kv_budget=0.25)
+    assert made.kv.pool_bytes == 10 * GIB
+
+
 def test_the_workspace_grows_with_what_a_step_may_do() -> None:
-    least = {"dtype_bytes": 2, "kv_dtype_bytes": 2, "context_tokens": 8192, "max_step_tokens": 128, "max_sequences": 1}
-    small = workspace_bytes(LLAMA_8B, **least)
-    for more in ({"max_step_tokens": 512}, {"max_sequences": 16}, {"context_tokens": 8193}, {"kv_dtype_bytes": 4}):
-        assert small < workspace_bytes(LLAMA_8B, **least | more)
-    assert workspace_bytes(LLAMA_8B, **least | {"context_tokens": 16}) > 16 * MIB
+    least = {
+        "device": "cpu", "dtype_bytes": 2, "kv_dtype": "bfloat16", "context_tokens": 8192, "max_step_tokens": 128,
+        "max_sequences": 1,
+    }  # fmt: skip
+    small = workspace_bytes(LLAMA_8B, **least)  # type: ignore[arg-type]
+    for more in ({"max_step_tokens": 512}, {"max_sequences": 16}, {"context_tokens": 8193}, {"kv_dtype": "float32"}):
+        assert small < workspace_bytes(LLAMA_8B, **least | more)  # type: ignore[arg-type]
+    assert workspace_bytes(LLAMA_8B, **least | {"context_tokens": 16}) > 16 * MIB  # type: ignore[arg-type]
+
+
+def test_captured_graphs_are_a_cards_alone() -> None:
+    assert plan(24 * GIB, device="cpu").graphs_bytes == 0
+    assert 0 < plan(24 * GIB).graphs_bytes < 128 * MIB

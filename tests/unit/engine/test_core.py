@@ -8,13 +8,16 @@ from torch import Tensor
 
 from edgekv.core.block_pool import BlockPool
 from edgekv.core.kv_cache import KVCache
+from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import FinishReason, SequenceSpec
-from edgekv.core.step import StepPlan, StepReport
+from edgekv.core.step import Resize, StepPlan, StepReport
 from edgekv.engine.core import EngineCore
+from edgekv.engine.kv_pool import KVPool, PoolShape
 from edgekv.engine.sampler import Sampler
+from edgekv.engine.segments import Segments
 
 VOCAB = 11
 Fault = Callable[[StepPlan], None]
@@ -42,12 +45,24 @@ class CountingRunner:
 class Harness:
     """A core, and all that it has reported."""
 
-    def __init__(self, blocks: int = 16, limits: Limits | None = None) -> None:
-        pool = BlockPool(block_size=4, segment_blocks=16)
-        pool.add_segment(blocks)
+    def __init__(self, *, segments: int = 0) -> None:
+        """A pool of 16 blocks and fixed size, or an elastic one of so many segments of 16 blocks."""
+        cpu = torch.device("cpu")
+        self.blocks = BlockPool(block_size=4, segment_blocks=16)
+        elastic = None
+        if segments:
+            memory = KVPool(PoolShape(1, 1, 2), dtype=torch.float32, device=cpu, block_size=4, segment_blocks=16)
+            self.segment_bytes = 16 * memory.block_bytes
+            ledger = Ledger(100 + segments * self.segment_bytes)
+            ledger.reserve("weights", 100)
+            elastic = Segments(self.blocks, memory, ledger)
+            for _ in range(segments):
+                elastic.add(16, ledger.reserve("kv.target", self.segment_bytes))
+        else:
+            self.blocks.add_segment(16)
         self.runner = CountingRunner()
-        self.scheduler = Scheduler(KVCache(pool, PrefixCache(4)), limits or Limits())
-        self.core = EngineCore(self.scheduler, self.runner, Sampler(VOCAB, torch.device("cpu")), VOCAB)
+        self.scheduler = Scheduler(KVCache(self.blocks, PrefixCache(4)), Limits())
+        self.core = EngineCore(self.scheduler, self.runner, Sampler(VOCAB, cpu), VOCAB, elastic)
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
         self.details: dict[int, str] = {}
@@ -55,6 +70,10 @@ class Harness:
     def submit(self, number: int, prompt: tuple[int, ...] = (1, 2, 3), **params: object) -> None:
         sampling = SamplingParams(**{"max_tokens": 4, "temperature": 0.0, **params})  # type: ignore[arg-type]
         self.core.submit(SequenceSpec(number, prompt, sampling))
+
+    def order(self, **what: int) -> None:
+        self.core.resize(Resize(**{"budget_bytes": 1 << 30, **what}))  # type: ignore[arg-type]
+        self.scheduler.check_integrity()
 
     def step(self) -> StepReport:
         report = self.core.step()
@@ -161,37 +180,125 @@ def test_a_sequence_that_runs_out_of_memory_alone_ends_and_the_next_one_runs() -
     assert harness.scheduler.cache.pool.active_blocks == 0
 
 
-class GivesBackTwice:
-    """A pool with two segments to spare."""
+def too_full_for(num_segments: int, pool: BlockPool) -> Fault:
+    """The card has room for a step only beside so few segments."""
 
-    num_bytes = 1000
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-
-    def shrink(self, _: Scheduler, num_bytes: int) -> int:
-        self.asked.append(num_bytes)
-        return 100 if len(self.asked) <= 2 else 0
-
-
-def test_a_sequence_alone_is_tried_again_with_a_smaller_pool() -> None:
-    harness = Harness()
-    pool = GivesBackTwice()
-    harness.core.pool = pool
-    harness.submit(1)
-
-    def too_full(_: StepPlan) -> None:
-        if len(pool.asked) < 2:
+    def fault(_: StepPlan) -> None:
+        if len(pool.segments) > num_segments:
             raise torch.OutOfMemoryError("the card is full")
 
-    harness.runner.fault = too_full
+    return fault
+
+
+def test_a_sequence_alone_is_tried_again_with_a_smaller_pool_which_stays_small() -> None:
+    harness = Harness(segments=4)
+    harness.runner.fault = too_full_for(2, harness.blocks)
+    harness.submit(1)
     harness.run()
-    assert pool.asked == [100, 100], "a tenth each time"
     assert harness.outputs == {1: [4, 5, 6, 7]}
+    memory = harness.core.stats().memory
+    assert memory is not None
+    assert memory.facts.kv_bytes == memory.facts.ceiling_bytes == 2 * harness.segment_bytes
+    assert harness.core.stats().most_blocks == harness.blocks.total_blocks
+    harness.order(grow_bytes=10 * harness.segment_bytes)
+    assert len(harness.blocks.segments) == 2, "it did not fit once, and would not again"
+
+
+def test_a_sequence_for_which_nothing_can_be_given_back_ends() -> None:
+    harness = Harness(segments=2)
     harness.runner.fault = out_of_memory
-    harness.submit(2)
+    harness.submit(1, max_tokens=60)  # needs one segment whole
     harness.run()
-    assert harness.reasons[2] is FinishReason.OUT_OF_MEMORY, "nothing was left to give back"
+    assert harness.reasons[1] is FinishReason.OUT_OF_MEMORY
+    assert len(harness.blocks.segments) == 1, "what it may need is kept until it ends"
+
+
+def test_out_of_memory_in_a_pool_lent_to_others_ends_nobody_and_lowers_no_ceiling() -> None:
+    harness = Harness(segments=4)
+    harness.submit(1, max_tokens=120)  # needs two segments
+    harness.step()
+    harness.order(shrink_bytes=2 * harness.segment_bytes)
+    harness.runner.fault = too_full_for(1, harness.blocks)
+    for _ in range(100):
+        harness.step()
+    assert harness.reasons == {}
+    harness.runner.fault = None
+    harness.order(grow_bytes=10 * harness.segment_bytes)
+    assert len(harness.blocks.segments) == 4
+    harness.run()
+    assert len(harness.outputs[1]) == 120
+
+
+def test_an_order_shrinks_below_every_promise_and_the_sequences_only_wait() -> None:
+    harness = Harness(segments=3)
+    for number in (1, 2):
+        harness.submit(number, max_tokens=100)
+    harness.step()
+    harness.order(budget_bytes=1, shrink_bytes=10 * harness.segment_bytes)
+    report = harness.step()
+    assert report.stats.pool.total_blocks == 0
+    assert (report.stats.running, report.stats.waiting) == (0, 2)
+    memory = report.stats.memory
+    assert memory is not None
+    assert memory.facts.given_back_bytes == 3 * harness.segment_bytes
+    assert memory.leases == {"weights": 100}
+    assert (memory.budget_bytes, memory.wanted_budget_bytes) == (100, 1), "never below what is leased"
+    for _ in range(3):
+        assert harness.step().finished == ()
+    harness.submit(3, max_tokens=100)
+    assert harness.step().finished == (), "what fits the pool as it may be again is not refused"
+    harness.order(grow_bytes=10 * harness.segment_bytes)
+    memory = harness.step().stats.memory
+    assert memory is not None
+    assert (memory.facts.taken_bytes, memory.facts.num_resizes) == (3 * harness.segment_bytes, 2)
+    harness.run()
+    assert {number: len(output) for number, output in harness.outputs.items()} == {1: 100, 2: 100, 3: 100}
+
+
+def test_while_held_no_step_runs_and_there_is_something_to_do_only_when_there_is_something_to_say() -> None:
+    harness = Harness(segments=1)
+    harness.submit(1)
+    harness.step()
+    harness.order(hold=True)
+    assert harness.core.busy
+    memory = harness.step().stats.memory
+    assert memory is not None
+    assert memory.held
+    assert not harness.core.busy
+    harness.submit(2, (VOCAB,))
+    assert harness.core.busy, "a refusal is to be told"
+    assert [finished.sequence_id for finished in harness.step().finished] == [2]
+    harness.core.abort(1)
+    assert harness.core.busy
+    assert harness.step().stats.running == 0
+    harness.submit(3)
+    assert not harness.core.busy
+    harness.order(hold=False)
+    harness.run()
+    assert len(harness.outputs[3]) == 4
+    assert harness.core.stats().steps == 5
+
+
+def test_an_idle_engine_reports_every_resize_also_one_that_came_to_nothing() -> None:
+    harness = Harness(segments=2)
+    harness.order()
+    assert not harness.core.busy, "a budget alone is no news"
+    for order in ({"shrink_bytes": 1}, {"grow_bytes": harness.segment_bytes}, {"grow_bytes": harness.segment_bytes}):
+        harness.order(**order)
+        assert harness.core.busy
+        harness.step()
+        assert not harness.core.busy
+    memory = harness.core.stats().memory
+    assert memory is not None
+    assert (memory.facts.num_resizes, memory.facts.taken_bytes) == (3, harness.segment_bytes)
+
+
+def test_a_pool_of_fixed_size_obeys_what_it_can() -> None:
+    harness = Harness()
+    harness.order(shrink_bytes=1, hold=True)
+    assert harness.step().stats.memory is None
+    harness.submit(1)
+    assert not harness.core.busy
 
 
 def test_any_other_error_of_a_step_is_not_swallowed() -> None:

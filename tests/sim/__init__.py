@@ -1,0 +1,3 @@
+from tests.sim.card import CardState, SimulatedCard
+
+__all__ = ["CardState", "SimulatedCard"]

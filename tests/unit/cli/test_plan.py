@@ -1,0 +1,266 @@
+"""`edgekv plan`: every byte by owner, what would make it fit, and how fast it could be."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from typer.testing import CliRunner
+
+from edgekv.cli.app import app
+from edgekv.cli.owners import LOOKS, Owned, owner_bar
+from edgekv.demo import draft_path, target_path
+from edgekv.engine.settings import EngineSettings, lease, plan_engine
+from edgekv.model.hf_config import read_spec
+from edgekv.smi.device import Place
+from tests.unit.cli.shapes import LLAMA_3_8B, MISTRAL_7B, write_shape
+
+MIB, GIB = 1 << 20, 1 << 30
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_shape(tmp_path / "llama", LLAMA_3_8B)
+
+
+@pytest.fixture
+def mistral(tmp_path: Path) -> Path:
+    return write_shape(tmp_path / "mistral", MISTRAL_7B)
+
+
+def planned(*arguments: object) -> dict[str, Any]:
+    result = run(app, ["plan", *map(str, arguments), "--json"])
+    assert result.exit_code in (0, 1), result.output
+    made: dict[str, Any] = json.loads(result.stdout)
+    assert made["fits"] == (result.exit_code == 0)
+    return made
+
+
+def test_the_plan_of_llama_3_8b(llama: Path) -> None:
+    result = run(app, ["plan", str(llama), "--vram", "24GiB"])
+    assert result.exit_code == 0, result.output
+    assert "one token: 131,072 bytes (128.00 KiB) = 2 × 32 layers × 8 KV heads × 128 × 2 bytes" in result.stdout
+    assert "8,030,261,248 × 2 bytes" in result.stdout
+    plan = planned(llama, "--vram", "24GiB")
+    tokens = plan["kv"]["pool_tokens"]
+    assert plan["kv"]["bytes_per_token"] == 128 * 1024
+    assert plan["weight_bytes"] == 2 * 8_030_261_248
+    assert f"GPU KV cache size: {tokens:,} tokens" in result.stdout.splitlines()
+    assert f"Maximum concurrency for 8,192 tokens per request: {tokens / 8192:.2f}x" in result.stdout.splitlines()
+
+
+def test_the_printed_owners_are_those_of_the_ledger_and_add_up(llama: Path) -> None:
+    text = run(app, ["plan", str(llama), "--vram", "24GiB", "--others", "1GiB", "--draft", "demo"]).stdout
+    rows = dict(re.findall(r"^\S\S  ([a-z.]+) +([\d,]+) ", text, re.MULTILINE))
+    shares = {name: int(num_bytes.replace(",", "")) for name, num_bytes in rows.items()}
+    assert list(shares) == [
+        "runtime", "weights", "workspace", "graphs", "weights.draft", "kv.draft", "kv.target", "unused", "headroom",
+        "others",
+    ]  # fmt: skip
+    assert sum(shares.values()) == 24 * GIB
+    assert shares["others"] == GIB
+    plan = planned(llama, "--vram", "24GiB", "--others", "1GiB", "--draft", "demo")
+    assert {name: shares[name] for name in plan["leases"]} == plan["leases"]
+
+
+def test_the_bar_is_as_wide_as_asked_and_divided_as_the_bytes_are() -> None:
+    shares = [Owned("weights", 3), Owned("kv.target", 4), Owned("others", 1)]
+    assert owner_bar(shares, 80).plain == "█" * 30 + "▓" * 40 + "▒" * 10
+    for cells in (1, 7, 99):
+        assert cell_len(owner_bar(shares, cells).plain) == cells
+    assert owner_bar([Owned("weights", 0)], 10).plain == ""
+    assert len({fill for _, fill in LOOKS.values()}) >= len(LOOKS) - 1  # "free" is the server's word for "unused"
+
+
+@pytest.mark.parametrize("model", ["llama", "mistral", "demo", "draft"])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("drafted", [False, True])
+def test_what_is_planned_is_what_is_leased(
+    model: str, dtype: str, kv_dtype: str, drafted: bool, llama: Path, mistral: Path
+) -> None:
+    folder = {"llama": llama, "mistral": mistral, "demo": target_path(), "draft": draft_path()}[model]
+    draft = ["--draft", "demo"] if drafted else []
+    plan = planned(
+        folder, "--card", "RTX PRO 5000", "--others", "2GiB", "--dtype", dtype, "--kv-dtype", kv_dtype, *draft
+    )
+    place = Place("card", "cuda:0", "x", 46 * GIB, total_bytes=48 * GIB)
+    settings = EngineSettings(
+        folder=folder,
+        place=place,
+        dtype=None if dtype == "auto" else dtype,  # type: ignore[arg-type]
+        kv_dtype=None if kv_dtype == "auto" else kv_dtype,  # type: ignore[arg-type]
+    )
+    if drafted:
+        from edgekv.core.capacity import Draft
+
+        settings = EngineSettings(
+            folder=folder, place=place, dtype=settings.dtype, kv_dtype=settings.kv_dtype,
+            draft=Draft(read_spec(draft_path()), "bfloat16"),
+        )  # fmt: skip
+    ledger = lease(plan_engine(settings, read_spec(folder))[1])
+    assert ledger.statement() == plan["leases"]
+    assert ledger.budget_bytes == plan["budget_bytes"]
+
+
+def test_a_card_is_planned_for_by_its_name(llama: Path) -> None:
+    text = run(app, ["plan", str(llama), "--card", "7900xtx"]).stdout
+    assert "on Radeon RX 7900 XTX: 24.00 GiB in all (960 GB/s; as specified by https://www.amd.com/" in text
+    plan = planned(llama, "--card", "7900xtx")
+    assert (plan["title"], plan["total_bytes"], plan["card"]["bandwidth"]) == ("Radeon RX 7900 XTX", 24 * GIB, 960e9)
+    assert planned(llama, "--card", "8060S", "--vram", "64GiB")["total_bytes"] == 64 * GIB
+    assert "shared with the machine" in run(app, ["plan", str(llama), "--card", "8060S"]).stdout
+
+
+def test_a_card_that_is_not_known_is_one_line_with_what_is_near() -> None:
+    result = run(app, ["plan", "demo", "--card", "7900 xtz"])
+    assert result.exit_code == 1
+    assert "did you mean Radeon RX 7900 XT or" in str(result.exception)
+
+
+def test_how_fast_it_could_be_is_called_a_bound_and_computed_from_bytes(llama: Path) -> None:
+    text = run(app, ["plan", str(llama), "--card", "7900xtx"]).stdout
+    weights = 2 * (8_030_261_248 - 128256 * 4096)  # one row of the embedding is read, not all
+    first, last = 960e9 / weights, 960e9 / (weights + 8192 * 128 * 1024)
+    bound = planned(llama, "--card", "7900xtx")["decode_upper_bound_tokens_per_s"]
+    assert bound == {"start_of_context": pytest.approx(first), "end_of_context": pytest.approx(last)}
+    line = next(line for line in text.splitlines() if line.startswith("decode, one request"))
+    assert f"at most {first:,.0f} tokens/s, {last:,.0f} at the end of a full context: an upper bound" in line
+    assert "(960 GB/s ÷ the bytes that a token reads), not a measurement" in line
+    assert "tokens/s" not in run(app, ["plan", str(llama), "--vram", "24GiB"]).stdout
+
+
+def test_formats_that_cannot_be_served_yet_are_shown_and_marked(llama: Path) -> None:
+    plan = planned(llama, "--vram", "24GiB")
+    formats = {row["name"]: row for row in plan["kv_formats"]}
+    assert formats["bfloat16"]["pool_tokens"] == plan["kv"]["pool_tokens"]
+    assert formats["float32"]["pool_tokens"] == plan["kv"]["num_blocks"] // 2 * 16
+    assert formats["int8"]["block_bytes"] == 256 * (4096 + 288)
+    assert formats["fp8"]["pool_tokens"] == 2 * plan["kv"]["pool_tokens"]
+    assert [name for name, row in formats.items() if not row["served"]] == ["fp8", "int8", "int4"]
+    text = run(app, ["plan", str(llama), "--vram", "24GiB"]).stdout
+    assert re.search(r"^bfloat16 .* ← this plan *$", text, re.MULTILINE)
+    assert re.search(r"^int8 .* not available yet *$", text, re.MULTILINE)
+
+
+def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
+    text = run(app, ["plan", str(mistral), "--vram", "32GiB"]).stdout
+    line = next(line for line in text.splitlines() if line.startswith("window: "))
+    assert line.startswith("window: 32 of 32 layers look back 4,096 tokens; of a full context 3.50 GiB lie behind")
+    assert planned(mistral, "--vram", "32GiB")["kv"]["beyond_window_bytes"] == (32768 - 4096) * 128 * 1024
+    assert "window: " not in run(app, ["plan", str(mistral), "--vram", "32GiB", "--context", "4096"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--vram", "16GiB"], ["4-bit weights (not available yet) would take 4.21 GiB and leave"]),
+        (
+            ["--vram", "24GiB", "--dtype", "float32"],
+            ["--dtype bfloat16: 14.96 GiB less for the weights; the pool would hold", "it fits then"],
+        ),
+        (
+            ["--vram", "24GiB", "--kv-budget", "512MiB"],
+            ["--kv-budget 1024MiB: one request of the whole context", "--context 4096: the longest that fits as it is",
+             "int8 KV (not available yet) would hold 7,648 tokens"],
+        ),
+        (
+            ["--vram", "24GiB", "--kv-budget", "512MiB", "--kv-dtype", "float32"],
+            ["--kv-dtype bfloat16: half the memory for each token; the pool would hold 4,096 tokens: it fits with "
+             "--context 4096 then"],
+        ),
+        (["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"], ["without --draft: 1.00 GiB less; the pool"]),
+        (
+            ["--vram", "24GiB", "--others", "7GiB"],
+            ["closing other programs, which hold 7.00 GiB, would do", "a model of at most 7.4 B parameters in bf"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_told_with_remedies(llama: Path, options: list[str], told: list[str]) -> None:
+    result = run(app, ["plan", str(llama), *options])
+    assert result.exit_code == 1
+    assert "does not fit:" in result.stdout
+    for words in told:
+        assert words in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--vram", "24GiB", "--kv-budget", "512MiB"],
+        ["--vram", "24GiB", "--kv-budget", "512MiB", "--kv-dtype", "float32"],
+        ["--vram", "24GiB", "--dtype", "float32"],
+        ["--vram", "17.5GiB"],
+        ["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"],
+    ],
+)
+def test_every_remedy_that_is_ticked_works(llama: Path, options: list[str]) -> None:
+    remedies = [made for made in planned(llama, *options)["remedies"] if made["fits"] and made["options"]]
+    assert remedies
+    for made in remedies:
+        changed = [option for option in options if option != "512MiB"] if "budget" in made["options"] else options
+        if made["options"] == "without --draft":
+            changed, added = changed[:2], []
+        else:
+            added = made["options"].split()
+        changed = [option for option in changed if option != "--kv-budget" or "budget" not in made["options"]]
+        assert planned(llama, *changed, *added)["fits"], made
+
+
+def test_the_longest_context_that_fits_is_the_longest(llama: Path) -> None:
+    [made] = [made for made in planned(llama, "--vram", "17.5GiB")["remedies"] if "--context" in made["options"]]
+    longest = int(made["options"].split()[1])
+    assert planned(llama, "--vram", "17.5GiB", "--context", longest)["fits"]
+    assert not planned(llama, "--vram", "17.5GiB", "--context", longest + 16)["fits"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--vram", "16"], ["--kv-dtype", "fp9"], ["--kv-dtype", "fp8"], ["--kv-budget", "x"], ["--device", "tpu"],
+        ["--draft-kv", "1GiB"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"],
+    ],
+)  # fmt: skip
+def test_a_bad_option_is_refused(llama: Path, options: list[str]) -> None:
+    assert run(app, ["plan", str(llama), *options]).exit_code == 2
+
+
+def test_the_plan_for_this_machine_leaves_the_headroom(llama: Path) -> None:
+    plan = planned(llama, "--device", "cpu")
+    assert plan["device"] == "cpu"
+    assert plan["headroom_bytes"] == max(512 * MIB, plan["total_bytes"] * 6 // 100)
+    assert plan["others_bytes"] > 0
+    assert plan["graphs_bytes"] == 0
+
+
+def test_a_configuration_is_planned_as_it_would_be_served(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    words = "You keep a lighthouse. " * 40
+    file.write_text(
+        f"devices: {{memory: {{match: {{vendor: cpu}}, desktop_reserve: 1GiB, vram_budget: 2GiB}}}}\n"
+        f"models: {{m: {{path: {target_path()}, device: memory, context: 1024, pinned_prompts: ["
+        f"{{name: a, text: '{words}'}}, {{name: b, text: '{words} And a boat.'}}]}}}}\n"
+    )
+    plan = planned(file)
+    assert (plan["headroom_bytes"], plan["budget_bytes"], plan["context_tokens"]) == (GIB, 2 * GIB, 1024)
+    tokens = plan["pinned"]["tokens"]
+    assert tokens["b"] > tokens["a"] > 100
+    # Whole blocks, and what both begin with once.
+    blocks = plan["pinned"]["num_bytes"] / plan["kv"]["block_bytes"]
+    assert tokens["b"] // 16 <= blocks <= tokens["b"] // 16 + 1
+    text = run(app, ["plan", str(file)]).stdout
+    assert f"pinned: a {tokens['a']} tokens, b {tokens['b']} tokens; " in text
+    assert "beyond vram_budget" in text
+    assert "left to others: desktop_reserve" in text
+
+
+def test_options_go_over_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"models: {{m: {{path: {target_path()}, context: 1024, kv: {{budget: 64MiB}}}}}}\n")
+    plan = planned(file, "--context", "512", "--card", "4090")
+    assert (plan["context_tokens"], plan["title"]) == (512, "GeForce RTX 4090")
+    assert plan["kv"]["pool_bytes"] == 64 * MIB // plan["kv"]["block_bytes"] * plan["kv"]["block_bytes"]

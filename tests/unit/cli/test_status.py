@@ -1,0 +1,159 @@
+"""`edgekv status`: the running server's statement for a person, and one line where there is none."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from edgekv.actors.service import MemoryEvent, MemoryView
+from edgekv.cli.app import app
+from edgekv.cli.status import NoStatement, fetch, view
+from edgekv.core.pressure import Decision, PoolFacts
+from edgekv.core.reading import Holder, Reading
+from edgekv.core.spill import Condition, State
+from edgekv.core.step import EngineStats, MemoryStats, PoolStats
+from edgekv.http.memory import memory_json
+
+MIB, GIB = 1 << 20, 1 << 30
+POOL = PoolStats(total_blocks=100, free_blocks=60, cached_blocks=15, active_blocks=25, block_size=16)
+MEMORY = MemoryStats(
+    leases={"weights": 2 * GIB, "kv.target": 6 * GIB},
+    budget_bytes=10 * GIB,
+    wanted_budget_bytes=7 * GIB,
+    facts=PoolFacts(6 * GIB, 8 * GIB, 64 * MIB, 8 * GIB, 128 * MIB, 2 * GIB, GIB, 5),
+    earmarks={"prefix.pinned": ("kv.target", 128 * MIB)},
+    held=True,
+)
+WATCHED = MemoryView(
+    device="GeForce RTX 4080",
+    headroom_bytes=GIB,
+    reading=Reading(
+        16 * GIB, 12 * GIB, 8 * GIB, "nvml", 5.0, spilled_own_bytes=3 * MIB,
+        holders=(Holder(8, "compositor", None), Holder(7, "game", 4 * GIB)),
+    ),
+    age_s=0.25,
+    decision=Decision(
+        Condition(State.PRESSURE, "700 MiB free, headroom 983 MiB"), 9 * GIB, 4 * GIB, 5 * GIB, True, patience_s=20.0
+    ),
+    memory=MEMORY,
+    pool=POOL,
+    events=(MemoryEvent(1_700_000_000.0, "shrunk", 2 * GIB, "gave 2.00 GiB of KV cache back: others took 2.00 GiB"),),
+)  # fmt: skip
+
+
+def printed(watched: MemoryView | None, stats: EngineStats | None = None, width: int = 100) -> str:
+    told = json.loads(json.dumps(memory_json(watched, stats)))
+    console = Console(width=width, highlight=False, file=None, record=True, quiet=False)
+    with console.capture() as capture:
+        console.print(view(told, width))
+    text = capture.get()
+    assert all(len(line) <= width for line in text.splitlines())
+    return text
+
+
+def test_the_statement_names_every_owner_with_its_share() -> None:
+    text = printed(WATCHED)
+    assert text.startswith("GeForce RTX 4080  pressure: 700 MiB free, headroom 983 MiB  (read 0.2 s ago by nvml)\n")
+    rows = [line.split()[1:5] for line in text.splitlines() if line[:4] in ("██  ", "▓▓  ", "▒▒  ", "··  ")]
+    assert [row[0] for row in rows] == ["weights", "kv.target", "others", "free"]
+    assert sum(int(row[1].replace(",", "")) for row in rows) == 16 * GIB
+    assert "of it prefix.pinned 128.00 MiB" in text
+    assert "game 4.00 GiB, compositor ?" in text
+    bar = next(line for line in text.splitlines() if line.startswith("███"))
+    assert bar == "█" * 12 + "▓" * 38 + "▒" * 25 + "·" * 25
+
+
+def test_it_says_what_was_given_back_and_what_is_held() -> None:
+    text = printed(WATCHED)
+    for line in (
+        "ledger  8.00 GiB leased of 10.00 GiB, 7.00 GiB once memory has been given back",
+        "others  4.00 GiB now, 5.00 GiB at most in the last 20 s",
+        "spilled 3.00 MiB of ours are not on the device",
+        "held    no step runs until memory is where it should be",
+        "pool    1,600 tokens in 100 blocks: 25 in use, 15 cached, 60 free",
+        "        6.00 GiB, from 128.00 MiB to 8.00 GiB; gave back 2.00 GiB, took 1.00 GiB",
+    ):
+        assert line in text.splitlines()
+    assert "shrunk      gave 2.00 GiB of KV cache back: others took 2.00 GiB" in text
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    unread = MemoryView("a card", GIB, problem="nvml: the driver does not answer")
+    assert printed(unread) == "a card\nnvml: the driver does not answer\n"
+    alone = printed(None, EngineStats(POOL, running=0, waiting=0))
+    assert alone.splitlines()[0] == "nobody watches this server's device"
+    assert "pool    1,600 tokens" in alone
+    stale = replace(WATCHED, reading=replace(WATCHED.reading, stale=True))  # type: ignore[type-var]
+    assert "read 0.2 s ago by nvml, stale)" in printed(stale)
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[tuple[str, list[str | None]]]:
+    """A server that gives one answer to everything; and the keys that it was shown."""
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            keys.append(self.headers.get("Authorization"))
+            self.send_response(status if self.path == "/api/edgekv/memory" else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", keys
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+STATEMENT = json.dumps(memory_json(WATCHED, None)).encode()
+
+
+def test_it_asks_the_server_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(200, STATEMENT) as (url, keys):
+        monkeypatch.setenv("EDGEKV_KEY", "a long secret")
+        result = CliRunner().invoke(app, ["status", "--url", f"{url}/v1"])
+        as_json: dict[str, Any] = json.loads(CliRunner().invoke(app, ["status", "--url", url, "--json"]).stdout)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("GeForce RTX 4080  pressure")
+    assert as_json == json.loads(STATEMENT)
+    assert keys == ["Bearer a long secret"] * 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (401, b"{}", "wants an API key: give --key, or set EDGEKV_KEY"),
+        (404, b"{}", "is not an edgekv server of this version (404)"),
+        (200, b"<html>", "is not an edgekv server of this version (200)"),
+        (200, b'{"object": "list"}', "is not an edgekv server of this version (200)"),
+    ],
+)
+def test_what_is_no_statement_is_one_line(status: int, body: bytes, told: str) -> None:
+    with answering(status, body) as (url, _), pytest.raises(NoStatement) as caught:
+        fetch(url, None)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://nowhere.invalid", "no url", "http://[", ""])
+def test_where_no_server_is_it_says_so_in_one_line(url: str) -> None:
+    with pytest.raises(NoStatement) as caught:
+        fetch(url, None)
+    assert "no server answers at" in str(caught.value)
+    assert "start one with: edgekv serve" in str(caught.value)
+    assert "\n" not in str(caught.value)
