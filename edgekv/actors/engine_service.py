@@ -69,12 +69,19 @@ class EngineService:
         return streams
 
     def _as_it_is(self, card: ModelCard) -> ModelCard:
-        """The card with the pool's present size: it may have shrunk since the model was loaded."""
+        """The card with the pool's present size: it may have shrunk since the model was loaded.
+
+        Pinned blocks are not counted: a sequence that begins with them could have more, and is not promised it.
+        """
         stats = self._engine.stats.value
         if stats is None:
             return card
-        size = stats.pool.block_size
-        return replace(card, pool_tokens=stats.pool.total_blocks * size, most_pool_tokens=stats.most_blocks * size)
+        size, pinned = stats.pool.block_size, stats.pinned_blocks
+        return replace(
+            card,
+            pool_tokens=max(0, stats.pool.total_blocks - pinned) * size,
+            most_pool_tokens=max(0, stats.most_blocks - pinned) * size,
+        )
 
     def stats(self) -> EngineStats | None:
         """See `Service.stats`."""

@@ -130,7 +130,10 @@ class MemoryStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot after a step; counters only grow. `most_blocks`: what the pool has had and may have again."""
+    """A snapshot after a step; counters only grow.
+
+    `most_blocks`: what the pool has had and may have again, `pinned_blocks` what of it is always taken.
+    """
 
     pool: PoolStats
     running: int
@@ -145,6 +148,7 @@ class EngineStats:
     misses: dict[str, int] = field(default_factory=dict)
     memory: MemoryStats | None = None
     most_blocks: int = 0
+    pinned_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ class EngineCore:
             misses=dict(self.scheduler.misses),
             memory=self._memory(),
             most_blocks=cache.pool.most_blocks,
+            pinned_blocks=cache.pinned_blocks,
         )
 
     def step(self) -> StepReport:

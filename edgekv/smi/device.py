@@ -93,6 +93,7 @@ def choose_place(device: str, devices: Mapping[str, Wanted], environ: MutableMap
 def refreshed(place: Place, sources: Sequence[Source] | None = None) -> Place:
     """The same place with what is free there now, as far as it can be read.
 
+    What this process still holds there counts as free: a plan leases it first, as `runtime`, and would else pay twice.
     `sources` are the ways to read it, in the order in which they are tried; None: those of `place.watched`.
     """
     if sources is None:
@@ -111,7 +112,8 @@ def refreshed(place: Place, sources: Sequence[Source] | None = None) -> Place:
             continue
         finally:
             reader.close()
-        return replace(place, free_bytes=reading.free_bytes, total_bytes=reading.total_bytes)
+        free = min(reading.total_bytes, reading.free_bytes + (reading.own_bytes or 0))
+        return replace(place, free_bytes=free, total_bytes=reading.total_bytes)
     return place
 
 

@@ -143,6 +143,17 @@ async def test_a_pool_that_nobody_shrank_has_one_limit(rig: Rig) -> None:
         await rig.service.open([make_draft(max_tokens=161)])
 
 
+async def test_pinned_blocks_are_no_room_that_is_promised_to_anybody(rig: Rig) -> None:
+    put(rig, Phase.SERVING, card=make_card())
+    stats = FakeCore().stats()
+    pool = replace(stats.pool, total_blocks=10, free_blocks=7)
+    rig.engine.stats.set(replace(stats, pool=pool, most_blocks=1000, pinned_blocks=4))
+    card = rig.service.card()
+    assert (card.pool_tokens, card.most_pool_tokens) == (96, 15_936)
+    rig.engine.stats.set(replace(stats, pool=replace(pool, total_blocks=3), most_blocks=1000, pinned_blocks=4))
+    assert rig.service.card().pool_tokens == 0
+
+
 class NeverStarts(FakeCore):
     """An engine whose sequences all wait for memory."""
 
