@@ -88,7 +88,7 @@ class Feed:
             return None
         try:
             with trio.move_on_after(deadline_s):
-                reading = await self._off_loop(lambda: reader.read(at))
+                reading = _possible(await self._off_loop(lambda: reader.read(at)))
                 self.problem, self._delay_s = None, FIRST_DELAY_S
                 return reading
         except Exception as error:
@@ -119,3 +119,11 @@ class Feed:
         self.problem = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, ReadingFailed):
             log.warning("%s: a reading failed as no reading should", self.name, exc_info=error)
+
+
+def _possible(reading: Reading) -> Reading:
+    """A driver in trouble may answer with zeros: then it is as good as none. Raises ReadingFailed."""
+    least = min(reading.used_bytes, reading.own_bytes or 0, reading.spilled_own_bytes)
+    if reading.total_bytes <= 0 or least < 0:
+        raise ReadingFailed(f"says what cannot be: {least:,} bytes of {reading.total_bytes:,}")
+    return reading

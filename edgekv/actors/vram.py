@@ -174,13 +174,14 @@ class VramWatch:
         starved = stats is not None and stats.waiting > 0 and stats.running == 0
         decision = self._policy.observe(reading, facts, busy=self._is_busy(), now=now, starved=starved)
         self._decision = decision
-        if fresh is not None:
-            pool_tokens = 0 if stats is None else stats.pool.total_blocks * stats.pool.block_size
-            self._log.decided(decision, facts, pool_tokens, now)
+        # First of all: the policy asks for nothing more before it has heard of what it asked for.
         if facts is not None:
             self._order(decision)
         else:
             self._sent = None
+        if fresh is not None:
+            pool_tokens = 0 if stats is None else stats.pool.total_blocks * stats.pool.block_size
+            self._log.decided(decision, facts, pool_tokens, now)
         self.view.set(
             replace(self.view.value, reading=reading, decision=decision, problem=problem, events=self._log.events)
         )

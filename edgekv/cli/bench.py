@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from edgekv.cli.console import print_json, stderr, stdout, table
+from edgekv.cli.console import bearer, print_json, stderr, stdout, table
 from edgekv.errors import EdgeKVError
 
 if TYPE_CHECKING:
@@ -130,12 +130,15 @@ class _Reach:
 
         from edgekv.cli.load import Target
 
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
 
         async def main() -> tuple[T, str]:
             async with httpx2.AsyncClient(
-                base_url=self._url, headers=headers, timeout=self._timeout_s, limits=limits, trust_env=False
+                base_url=self._url,
+                headers=bearer(self._api_key),
+                timeout=self._timeout_s,
+                limits=limits,
+                trust_env=False,
             ) as client:
                 try:
                     target = await Target.find(client, self._model)

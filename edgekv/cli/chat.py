@@ -11,8 +11,9 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import typer
+from rich.markup import escape
 
-from edgekv.cli.console import stderr, stdout
+from edgekv.cli.console import bearer, stderr, stdout
 from edgekv.cli.wrap import WordWrap
 from edgekv.errors import EdgeKVError
 
@@ -45,13 +46,12 @@ def chat(
         endpoint = url or DEFAULT_URL
         if model is not None or (url is None and not _answers(endpoint)):
             endpoint = stack.enter_context(own_server(model))
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         client = stack.enter_context(
-            httpx2.Client(base_url=endpoint.rstrip("/") + "/", headers=headers, timeout=600, trust_env=False)
+            httpx2.Client(base_url=endpoint.rstrip("/") + "/", headers=bearer(api_key), timeout=600, trust_env=False)
         )
         served = name or _first_model(client)
         talk = Conversation(client, served, system, {key: value for key, value in options.items() if value is not None})
-        stdout().print(f"[bold]{served}[/] at {endpoint}")
+        stdout().print(f"[bold]{escape(served)}[/] at {escape(endpoint)}")
         stdout().print(HELP, style="dim")
         _converse(talk)
 
@@ -175,7 +175,7 @@ def _converse(talk: Conversation) -> None:
                 try:
                     talk.ask(question, sys.stdout)
                 except ChatFailed as error:
-                    stderr().print(f"[red]error:[/] {error}", soft_wrap=True)
+                    stderr().print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
 
 
 def _answers(endpoint: str) -> bool:

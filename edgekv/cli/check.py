@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import typer
+from rich.markup import escape
 
 from edgekv.cli.console import print_json, stderr, stdout
 
@@ -35,6 +36,7 @@ def check(
         print_json({"ok": True, "faults": [], "warnings": warnings})
         return
     for warning in warnings:
-        stderr().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        stderr().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     served = ", ".join(loaded.models) or "the demo model"
-    stdout().print(f"{config} is fine: serves {served} on {loaded.server.host}:{loaded.server.port}", soft_wrap=True)
+    fine = f"{config} is fine: serves {served} on {loaded.server.host}:{loaded.server.port}"
+    stdout().print(fine, markup=False, soft_wrap=True)

@@ -18,6 +18,11 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def bearer(key: str | None) -> dict[bytes, bytes]:
+    """The header that shows an API key. In bytes: a key may hold any letters, and httpx takes text in ASCII only."""
+    return {b"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")} if key else {}
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output, uncoloured."""
     print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201 - a result for other programs

@@ -60,10 +60,11 @@ def owner_table(shares: Sequence[Owned], total_bytes: int) -> Table:
     for _ in range(4):
         made.add_column(no_wrap=True, justify="right")
     made.columns[1].justify = "left"
-    made.add_column(justify="left")
+    made.add_column(justify="left", overflow="fold")
     for share in shares:
         colour, fill = LOOKS.get(share.name, UNKNOWN_LOOK)
         part = f"{100 * share.num_bytes / total_bytes:.1f} %" if total_bytes else ""
         size = format_size(share.num_bytes)
-        made.add_row(Text(fill * 2, style=colour), share.name, f"{share.num_bytes:,}", size, part, share.how)
+        # As Text: a program's name may look like markup.
+        made.add_row(Text(fill * 2, style=colour), share.name, f"{share.num_bytes:,}", size, part, Text(share.how))
     return made

@@ -12,9 +12,10 @@ from edgekv.config.cards import KnownCard, find_card, live_card
 from edgekv.config.units import parse_size, parse_size_or_share
 
 if TYPE_CHECKING:
-    from edgekv.config.settings import PinnedPrompt
-    from edgekv.core.capacity import Draft, DtypeName
+    from edgekv.config.settings import Config, PinnedPrompt
+    from edgekv.core.capacity import Draft, DtypeName, MemoryPlan
     from edgekv.engine.settings import EngineSettings
+    from edgekv.model.spec import ModelSpec
     from edgekv.smi.device import Place
 
 
@@ -22,19 +23,14 @@ if TYPE_CHECKING:
 class Asked:
     """What is to be planned. `card`: the table's entry for the device; `is_here`: whether this machine has it.
 
-    `pinned`: the tokens of each pinned prompt by name.
+    `pinned`: how many tokens each pinned prompt has, by name; `pinned_blocks` are pinned for all of them.
     """
 
     settings: "EngineSettings"
     card: KnownCard | None
     is_here: bool
-    pinned: dict[str, tuple[int, ...]]
-
-    def pinned_blocks(self) -> int:
-        """Blocks that are pinned; beginnings that prompts share count once."""
-        size = self.settings.block_size
-        whole = {ids[:end] for ids in self.pinned.values() for end in range(size, len(ids) + 1, size)}
-        return len(whole)
+    pinned: dict[str, int]
+    pinned_blocks: int
 
 
 def plan(
@@ -65,7 +61,7 @@ def plan(
         raise typer.BadParameter("--draft-kv needs --draft")
     known = find_card(card) if card is not None else None
     elsewhere = _elsewhere(known, vram, others)
-    settings, pinned = _settings(model, elsewhere, device)
+    settings, pinned = _settings(model, elsewhere, known, device)
     budget = _budget(kv_budget)
     settings = replace(
         settings,
@@ -79,8 +75,9 @@ def plan(
         settings = replace(settings, draft=_draft(draft, draft_kv, settings.place))
     spec = read_spec(settings.folder)
     choice, result = plan_engine(settings, spec)
-    tokens = _encoded(settings.folder, pinned) if pinned else {}
-    asked = Asked(settings, known or live_card(settings.place.title), elsewhere is None, tokens)
+    tokens, blocks = _pinned(settings, spec, result, pinned)
+    place = settings.place
+    asked = Asked(settings, known or live_card(place.title, place.total_bytes), elsewhere is None, tokens, blocks)
     if as_json:
         print_json(plan_json(asked, spec, result))
     else:
@@ -90,7 +87,7 @@ def plan(
 
 
 def _settings(
-    model: str, elsewhere: "Place | None", device: str
+    model: str, elsewhere: "Place | None", known: KnownCard | None, device: str
 ) -> tuple["EngineSettings", tuple["PinnedPrompt", ...]]:
     """What the configuration file says, with its pinned prompts, or the defaults for a model folder."""
     from edgekv.cli.models import resolve_model
@@ -101,20 +98,62 @@ def _settings(
 
     if model.endswith((".yaml", ".yml")):
         config = load_config(Path(model), (), os.environ)
-        place = elsewhere or (choose_place("cpu", {}) if device == "cpu" else None)
+        place = choose_place("cpu", {}) if device == "cpu" else None
+        if elsewhere is not None:
+            place = _lent(elsewhere, known, config)
         name, _, settings = served_model(config, None, place)
         return settings, config.models[name].pinned_prompts if name in config.models else ()
     return EngineSettings(folder=resolve_model(model), place=elsewhere or choose_place(device, {})), ()
 
 
-def _encoded(folder: Path, pinned: tuple["PinnedPrompt", ...]) -> dict[str, tuple[int, ...]]:
-    """The tokens of the pinned prompts. Raises ModelError, or PinnedPromptRefused, as loading the model would."""
+def _lent(elsewhere: "Place", known: KnownCard | None, config: "Config") -> "Place":
+    """The card that is not here, with the reserve and the budget of the device that means it.
+
+    A card of which only the memory was told (`known` is None) is taken for the one that the model is to go to.
+    """
+    from edgekv.smi.device import lent
+
+    own = next((model.device for model in config.models.values()), "auto")
+    for name, wanted in sorted(config.devices.items(), key=lambda item: item[0] != own):
+        match = wanted.match
+        if known is None:
+            means = name == own and match.vendor != "cpu"
+        else:
+            means = match.vendor == known.vendor and (match.name or "").lower() in known.name.lower()
+        if means:
+            return lent(elsewhere, wanted)
+    return elsewhere
+
+
+def _pinned(
+    settings: "EngineSettings", spec: "ModelSpec", result: "MemoryPlan", written: tuple["PinnedPrompt", ...]
+) -> tuple[dict[str, int], int]:
+    """The tokens of the pinned prompts, and blocks for all. Raises ModelError, or PinnedPromptRefused as `serve` would.
+
+    In a pool in which the model does not fit anyway, they are not checked.
+    """
+    if not written:
+        return {}, 0
+    from edgekv.core.prefix_cache import PrefixCache
+    from edgekv.engine.pinned import check_pinned
     from edgekv.engine.pinned_text import encode_pinned
     from edgekv.text.chat_template import load_chat_template
     from edgekv.text.tokenizer import load_tokenizer
 
-    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
-    return {prompt.name: encode_pinned(prompt, tokenizer, template).token_ids for prompt in pinned}
+    tokenizer, template = load_tokenizer(settings.folder), load_chat_template(settings.folder)
+    prompts = [encode_pinned(prompt, tokenizer, template) for prompt in written]
+    size = settings.block_size
+    blocks = 0
+    if result.fits:
+        blocks = check_pinned(
+            prompts,
+            prefix=PrefixCache(size),
+            block_size=size,
+            pool_blocks=result.kv.num_blocks,
+            context_tokens=settings.context_tokens,
+            model_tokens=spec.max_position_embeddings,
+        )
+    return {prompt.name: len(prompt.token_ids) for prompt in prompts}, blocks
 
 
 def _elsewhere(card: KnownCard | None, vram: str | None, others: str | None) -> "Place | None":

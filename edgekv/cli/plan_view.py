@@ -44,9 +44,9 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
     if result.ceiling_blocks > kv.num_blocks:
         most = result.ceiling_blocks * kv.block_size
         console.print(f"It may grow to {most:,} tokens when other programs leave the card.")
-    if asked.pinned:
-        names = ", ".join(f"{name} {len(ids):,} tokens" for name, ids in asked.pinned.items())
-        size = format_size(asked.pinned_blocks() * kv.block_bytes)
+    if asked.pinned_blocks:
+        names = ", ".join(f"{name} {num_tokens:,} tokens" for name, num_tokens in asked.pinned.items())
+        size = format_size(asked.pinned_blocks * kv.block_bytes)
         console.print(f"pinned: {escape(names)}; {size} of the pool", soft_wrap=True)
     if (note := window_note(spec, result)) is not None:
         console.print(note, soft_wrap=True)
@@ -147,8 +147,8 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
             for name, each, tokens, served in kv_formats(result, spec)
         ],
         "pinned": {
-            "tokens": {name: len(ids) for name, ids in asked.pinned.items()},
-            "num_bytes": asked.pinned_blocks() * kv.block_bytes,
+            "tokens": asked.pinned,
+            "num_bytes": asked.pinned_blocks * kv.block_bytes,
         },
         "card": None if card is None else asdict(card),
         "decode_upper_bound_tokens_per_s": None if card is None else {
@@ -195,6 +195,9 @@ def _of_card(asked: "Asked") -> str:
 def _shortfall(result: MemoryPlan) -> str:
     if result.missing_bytes:
         return f"the model needs {format_size(result.missing_bytes)} more than there is"
+    if result.free_bytes < 0:
+        asked, less = format_size(result.kv.pool_bytes), format_size(-result.free_bytes)
+        return f"a KV pool of {asked} is {less} more than there is room for"
     return f"a request of {result.context_tokens:,} tokens needs more than the pool's {result.kv.pool_tokens:,}"
 
 

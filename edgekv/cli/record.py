@@ -4,13 +4,12 @@ Runs in: the main thread; owns: the file it writes. The format is that of bench/
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -125,11 +124,18 @@ def record(
     """
     if not 0 < seconds <= LONGEST_S:
         raise NothingToRecord(f"--seconds takes more than 0 and at most {LONGEST_S:.0f}, not {seconds:g}.")
-    if file.exists():
-        raise NothingToRecord(f"{file} is there already; give another name, or remove it first.")
-    if not os.access(file.absolute().parent, os.W_OK):
-        raise NothingToRecord(f"{file} cannot be written: there is no folder {file.absolute().parent} to write to.")
-    device = device or first_device()
+    opened = _made(file)
+    try:
+        with opened:
+            _record(opened, seconds, device or first_device(), clock, sleep)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+
+
+def _record(
+    opened: TextIO, seconds: float, device: Device, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> None:
     eye = _Eye(device.sources)
     first = eye.read(0.0)
     recording = Recording(device, first.total_bytes)
@@ -146,8 +152,13 @@ def record(
         at = clock() - started
     finally:
         eye.close()
-    _write(file, recording.document(max(at, PERIOD_S)))
-    stdout().print(f"{file}: {device.title}, {at:.0f} s, {recording.num_points} points", markup=False, soft_wrap=True)
+    try:
+        opened.write(recording.document(max(at, PERIOD_S)))
+        opened.flush()
+    except OSError as error:
+        raise NothingToRecord(f"{opened.name} cannot be written: {error.strerror}") from None
+    told = f"{opened.name}: {device.title}, {at:.0f} s, {recording.num_points} points"
+    stdout().print(told, markup=False, soft_wrap=True)
 
 
 class _Eye:
@@ -199,7 +210,12 @@ def _look(recording: Recording, eye: _Eye, at: float, clock: Callable[[], float]
 @contextmanager
 def _bar(title: str, seconds: float) -> Iterator[Callable[[float, int], None]]:
     """How far the recording is, on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[says]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[says]}"),
+    )
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task(f"recording {title}", total=seconds, says="Ctrl-C ends it early")
 
@@ -209,12 +225,16 @@ def _bar(title: str, seconds: float) -> Iterator[Callable[[float, int], None]]:
         yield show
 
 
-def _write(file: Path, text: str) -> None:
+def _made(file: Path) -> TextIO:
+    """The file, made now: who has waited for a recording is not to lose it to a bad name."""
     try:
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(text)
+        return file.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise NothingToRecord(f"{file} is there already; give another name, or remove it first.") from None
     except OSError as error:
-        raise NothingToRecord(f"{file} cannot be written: {error.strerror}") from None
+        folder = file.absolute().parent
+        why = f"there is no folder {folder}" if isinstance(error, FileNotFoundError) else error.strerror
+        raise NothingToRecord(f"{file} cannot be written: {why}") from None
 
 
 def _time(at: float) -> float:

@@ -63,16 +63,21 @@ def _other_settings(settings: EngineSettings, spec: "ModelSpec", result: MemoryP
         need = context_need_bytes(
             spec, kv_format=result.kv_dtype, block_size=result.kv.block_size, context_tokens=result.context_tokens
         )
-        budget = -(-need // MIB)
-        if need <= result.kv.pool_bytes + result.free_bytes:
-            changed = replace(settings, kv_budget=budget * MIB)
-            yield _tried(f"--kv-budget {budget}MiB", "one request of the whole context", changed, spec)
+        room = result.kv.pool_bytes + result.free_bytes
+        budget, brings = -(-need // MIB), "one request of the whole context"
+        if result.free_bytes < 0:
+            budget, brings = room // MIB, "all that there is room for"
+        if need <= room:
+            yield _tried(f"--kv-budget {budget}MiB", brings, replace(settings, kv_budget=budget * MIB), spec)
 
 
 def _tried(options: str, brings: str, settings: EngineSettings, spec: "ModelSpec") -> Remedy:
     made = plan_engine(settings, spec)[1]
     if made.missing_bytes:
         return Remedy(options, f"{brings}; {format_size(made.missing_bytes)} would still be missing", False)
+    if made.free_bytes < 0:
+        over = format_size(-made.free_bytes)
+        return Remedy(options, f"{brings}; the KV budget would still be {over} too much", False)
     brings += f"; the pool would hold {made.kv.pool_tokens:,} tokens"
     if made.fits:
         return Remedy(options, f"{brings}: it fits then", True)
@@ -97,7 +102,7 @@ def longest_context(settings: EngineSettings, spec: "ModelSpec") -> int | None:
 def _planned(result: MemoryPlan, spec: "ModelSpec") -> Iterator[Remedy]:
     """What this version cannot do yet, and how large a model it can do."""
     kv = result.kv
-    if kv.num_blocks and not result.missing_bytes:
+    if kv.num_blocks and not result.missing_bytes and result.free_bytes >= 0:
         plan = plan_kv(spec, kv_format="int8", block_size=kv.block_size, budget_bytes=kv.pool_bytes)
         brings = f"int8 KV (not available yet) would hold {plan.pool_tokens:,} tokens in the same memory"
         yield Remedy("", brings, plan.pool_tokens >= result.context_tokens, is_here=False)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, Task, TaskID, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
@@ -58,7 +59,7 @@ def run(
     ways = sources_for(engine.place.watched) if sources is None else tuple(sources)
     ended = trio.run(_Server(config, name, aliases, engine, ways).serve)
     if ended.reason:
-        stderr().print(f"[red]error:[/] {ended.reason}", markup=True, soft_wrap=True)
+        stderr().print(f"[red]error:[/] {escape(ended.reason)}", markup=True, soft_wrap=True)
     elif ended.code == 0:
         stderr().print("edgekv has stopped")
     return ended.code
@@ -172,9 +173,10 @@ class _Server:
         console, memory, url = stdout(), assembly.memory, self._urls[0]
         place = assembly.place
         title = f"{self._name}: {assembly.spec.architecture}, {assembly.spec.num_parameters / 1e6:,.1f} M parameters"
-        console.print(f"[bold]{title}[/], {memory.dtype} on {place.title} ({assembly.dtype.reason})", soft_wrap=True)
+        how = f"{memory.dtype} on {place.title} ({assembly.dtype.reason})"
+        console.print(f"[bold]{escape(title)}[/], {escape(how)}", soft_wrap=True)
         if place.note:
-            console.print(f"[yellow]{place.note}[/]", soft_wrap=True)
+            console.print(f"[yellow]{escape(place.note)}[/]", soft_wrap=True)
         shares = _shares(assembly)
         console.print(owner_bar(shares, min(console.width, WIDEST_BAR)))
         console.print(owner_table(shares, memory.total_bytes))
@@ -260,11 +262,11 @@ class _LoadBar:
         if not self._console.is_terminal:
             if stage != self._stage:
                 size = f" ({format_size(total_bytes)})" if total_bytes else ""
-                self._console.print(f"loading: {stage}{size}", soft_wrap=True)
+                self._console.print(f"loading: {stage}{size}", markup=False, soft_wrap=True)
             self._stage = stage
             return
         if self._progress is None:
-            columns = (TextColumn("{task.description:>15}"), BarColumn(), _Bytes(), _Rate())
+            columns = (TextColumn("{task.description:>15}", markup=False), BarColumn(), _Bytes(), _Rate())
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
         if stage != self._stage or self._task is None:

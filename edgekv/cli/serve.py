@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 
 from edgekv.cli.console import stderr
 from edgekv.cli.models import DEMO, resolve_model
@@ -37,7 +38,7 @@ def serve(
     warnings: list[str] = []
     loaded = load_config(config, overrides, os.environ, warn=warnings.append, check_files=model is None)
     for warning in warnings:
-        stderr().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+        stderr().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     name, aliases, engine = served_model(loaded, model)
     lease(plan_engine(engine, read_spec(engine.folder))[1])
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from edgekv.cli.console import print_json, stdout
+from edgekv.cli.console import bearer, print_json, stdout
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.config.units import format_size
 from edgekv.errors import EdgeKVError
@@ -36,6 +36,8 @@ def status(
     watch: bool = typer.Option(False, "--watch", help="Follow it, once a second, until Ctrl-C."),
 ) -> None:
     """Show where the running server's memory is, what the memory guard sees, and what it did."""
+    if as_json and watch:
+        raise typer.BadParameter("--json prints one statement, and --watch follows it: leave one of them out")
     told = fetch(url, key)
     if as_json:
         print_json(told)
@@ -50,37 +52,53 @@ def fetch(url: str, key: str | None) -> Statement:
     import httpx2
 
     address = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx2.get(f"{address}/api/edgekv/memory", headers=headers, timeout=TIMEOUT_S, trust_env=False)
+        answer = httpx2.get(f"{address}/api/edgekv/memory", headers=bearer(key), timeout=TIMEOUT_S, trust_env=False)
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         why = str(error) or type(error).__name__
         raise NoStatement(f"no server answers at {address} ({why}); start one with: edgekv serve") from None
     if answer.status_code == 401:
-        raise NoStatement(f"the server at {address} wants an API key: give --key, or set EDGEKV_KEY")
+        wants = "does not know this API key: give another with" if key else "wants an API key: give"
+        raise NoStatement(f"the server at {address} {wants} --key, or set EDGEKV_KEY")
     try:
-        told = answer.json() if answer.status_code == 200 else None
+        told = answer.json()
     except ValueError:
         told = None
-    if not isinstance(told, dict) or "owners" not in told:
-        raise NoStatement(f"what answers at {address} is not an edgekv server of this version ({answer.status_code})")
-    return told
+    if answer.status_code == 200 and isinstance(told, dict) and "owners" in told:
+        return told
+    if answer.status_code == 403 and isinstance(told, dict) and isinstance(told.get("error"), dict):
+        raise NoStatement(f"the server at {address} refuses: {told['error'].get('message')}")
+    raise NoStatement(f"what answers at {address} is not an edgekv server of this version ({answer.status_code})")
 
 
 def view(told: Statement, width: int) -> RenderableType:
-    """The statement for a person, at most `width` cells wide."""
-    return Group(*_parts(told, width))
+    """The statement for a person, at most `width` cells wide. Raises NoStatement for that of another version."""
+    try:
+        return Group(*_parts(told, width))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise NoStatement("this server is not of the same version: its statement can be had with --json") from None
 
 
 def _follow(url: str, key: str | None, told: Statement) -> None:
     console = stdout()
-    with Live(view(told, console.width), console=console, auto_refresh=False) as live:
+    shown = view(told, console.width)
+    if not console.is_terminal:  # there is nothing to draw over: one statement after the other
+        while True:
+            console.print(shown, end="\n\n")
+            time.sleep(PERIOD_S)
+            shown = _latest(url, key, console.width)
+    with Live(shown, console=console, auto_refresh=False) as live:
         while True:
             time.sleep(PERIOD_S)
-            try:
-                live.update(view(fetch(url, key), console.width), refresh=True)
-            except NoStatement as error:
-                live.update(Text(str(error), style="yellow"), refresh=True)
+            live.update(_latest(url, key, console.width), refresh=True)
+
+
+def _latest(url: str, key: str | None, width: int) -> RenderableType:
+    """The statement as it is now; while there is none, why."""
+    try:
+        return view(fetch(url, key), width)
+    except NoStatement as error:
+        return Text(str(error), style="yellow")
 
 
 def _parts(told: Statement, width: int) -> Iterator[RenderableType]:
@@ -148,6 +166,8 @@ def _holders(holders: list[dict[str, Any]]) -> str:
 
 def _ledger_lines(told: Statement) -> Iterator[str]:
     ledger, decision = told["ledger"], told["decision"]
+    if ledger is None and told["device"] is not None:
+        yield "ledger  nothing is leased: no model has been loaded yet"
     if ledger is not None:
         wanted = ""
         if ledger["wanted_budget_bytes"] < ledger["budget_bytes"]:

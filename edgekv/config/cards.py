@@ -17,6 +17,7 @@ from edgekv.errors import EdgeKVError
 
 _BRANDS = frozenset({"nvidia", "amd", "geforce", "radeon", "rtx", "rx", "quadro", "graphics", "gpu", "tm"})
 _PART = re.compile(r"[a-z]+|[0-9]+")
+_SIZE = re.compile(r"\b[0-9]+ ?GB\b", re.IGNORECASE)
 _CLOSE = 0.6
 
 
@@ -67,9 +68,14 @@ def find_card(name: str) -> KnownCard:
     raise UnknownCard(f"No card {name!r} is known{hint} Any other can be planned for by its memory: --vram 16GiB")
 
 
-def live_card(name: str) -> KnownCard | None:
-    """The entry of a card that a driver calls `name`; None where the table has none."""
-    return next((card for card in known_cards() if _telling(card.name) == _telling(name)), None)
+def live_card(name: str, total_bytes: int) -> KnownCard | None:
+    """The entry of a card that a driver calls `name`; None where the table has none.
+
+    Drivers call cards that come with more or less memory by one name, and these differ in bandwidth too: the entry is
+    the one whose memory is nearest to `total_bytes`.
+    """
+    called = [card for card in known_cards() if _telling(_SIZE.sub("", card.name)) == _telling(_SIZE.sub("", name))]
+    return min(called, key=lambda card: abs(card.vram_bytes - total_bytes), default=None)
 
 
 def _telling(name: str) -> frozenset[str]:

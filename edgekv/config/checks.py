@@ -139,7 +139,7 @@ def _unreadable(prompt: PinnedPrompt) -> str:
             return f"{file}: {'not a file' if file.exists() else 'no such file'}"
         if file.stat().st_size > MAX_PINNED_BYTES:
             return f"{file}: larger than {MAX_PINNED_BYTES // MIB} MiB, which no context holds"
-        if not file.read_text(encoding="utf-8"):
+        if not prompt.content().strip():
             return f"{file}: empty"
     except UnicodeDecodeError:
         return f"{file}: not UTF-8 text"

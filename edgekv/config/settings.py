@@ -178,7 +178,8 @@ class PinnedPrompt(Section):
 
     def content(self) -> str:
         """The text, read from its file where it has one. Raises OSError, and ValueError for what is not UTF-8."""
-        return self.file.read_text(encoding="utf-8") if self.file is not None else self.text or ""
+        # No client sends the mark that Windows' editors begin a file with.
+        return self.file.read_text(encoding="utf-8-sig") if self.file is not None else self.text or ""
 
 
 class Model(Section):

@@ -173,8 +173,8 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether a request of the whole context can be served."""
-        return self.missing_bytes == 0 and self.kv.pool_tokens >= self.context_tokens
+        """Whether all of it can be leased, and a request of the whole context be served."""
+        return self.missing_bytes == 0 and self.free_bytes >= 0 and self.kv.pool_tokens >= self.context_tokens
 
     @property
     def _room_bytes(self) -> int:

@@ -96,6 +96,7 @@ class PressurePolicy:
         self._before: tuple[int, int] | None = None  # what was ours and everybody's when the last resize was ordered
         self._returns: list[_Return] = []
         self._own_bytes = self._used_bytes = 0
+        self._unified = False
         self._haste = 1
         self._grown_at: float | None = None
         self._taken_at: float | None = None
@@ -128,6 +129,7 @@ class PressurePolicy:
             ours = _ours(reading)
             self._own_bytes = leased if ours is None else ours
             self._used_bytes = reading.used_bytes
+            self._unified = reading.unified
         peak = max((num_bytes for _, num_bytes in self._others), default=others)
         budget = max(0, reading.total_bytes - self.headroom.num_bytes - peak)
         if self._most_bytes is not None:
@@ -175,6 +177,10 @@ class PressurePolicy:
             # A reading may have shown it before the engine could say so.
             own_before, used_before = self._before or (self._own_bytes, self._used_bytes)
             self._returns.append(_Return(given_back, now, own_before, used_before))
+            if self._before is None:
+                self._refused_at = now  # nobody ordered it: a step found no memory where there was said to be some
+            if self._unified and self.detector.condition.state is State.SPILLED:
+                self.detector.forgive()  # room was made; what is swapped out comes back when it is touched, not before
         if facts.taken_bytes > before.taken_bytes:
             self._taken_at = now
             # Only what grows again after it had to shrink was grown too soon when it has to shrink once more.
@@ -306,7 +312,9 @@ class PressurePolicy:
             self._stuck_since = None
         elif self._stuck_since is None:
             self._stuck_since = now
-        elif now - self._stuck_since > GIVE_UP_S and reading.free_bytes >= self.headroom.calm_bytes:
+        elif reading.unified or (
+            now - self._stuck_since > GIVE_UP_S and reading.free_bytes >= self.headroom.num_bytes
+        ):
             # The pool has given all it can and there is room: what is spilled is something else, and stays so.
             self.detector.forgive()
             self._stuck_since = None

@@ -127,7 +127,13 @@ class Scheduler:
         if pinned == 0:
             return 0
         pool = self.cache.pool
-        return pool.total_blocks - sum(pool.segments[i] for i in self._cheapest_segments(pool.total_blocks, pinned, ()))
+        sizes = pool.segments
+        return pool.total_blocks - sum(sizes[i] for i in self._cheapest_segments(pool.total_blocks, pinned, ()))
+
+    @property
+    def spare_blocks(self) -> int:
+        """How many blocks more could be pinned, and every admitted sequence still finish."""
+        return self.cache.pool.most_blocks - self._largest_need_blocks()
 
     def submit(self, spec: SequenceSpec) -> None:
         """Queue a sequence. Raises ValueError for a prompt or a length that cannot be served."""
@@ -246,11 +252,12 @@ class Scheduler:
         admitted sequences. Segments `first` go before all others.
         """
         pool = self.cache.pool
-        promised = self._largest_need_blocks() if keep_promises else 0
+        sizes = pool.segments
+        # Pinned blocks stay, so nobody has to go for the place that they keep.
+        least = self._largest_need_blocks() if keep_promises else self.cache.pinned_blocks
         while True:
-            least = max(promised, 0 if self._running else pool.active_blocks)
             segments = self._cheapest_segments(num_blocks, least, first)
-            left = pool.total_blocks - sum(pool.segments[index] for index in segments)
+            left = pool.total_blocks - sum(sizes[index] for index in segments)
             if pool.active_blocks <= left:
                 break
             # Whoever does not fit alone has to go in any case; perhaps the others need not then.
@@ -303,12 +310,13 @@ class Scheduler:
     def _cheapest_segments(self, num_blocks: int, least_blocks: int, first: Listing[int]) -> tuple[int, ...]:
         """Segments to remove, in the order of their cost, so that at least `least_blocks` are left."""
         pool, chosen, removed = self.cache.pool, list[int](), 0
+        sizes = pool.segments
         for index in sorted(pool.emptiest_segments(), key=lambda index: index not in first):
             if removed >= num_blocks:
                 break
-            if pool.total_blocks - removed - pool.segments[index] >= least_blocks:
+            if pool.total_blocks - removed - sizes[index] >= least_blocks:
                 chosen.append(index)
-                removed += pool.segments[index]
+                removed += sizes[index]
         return tuple(chosen)
 
     def _admit(self, chunks: dict[int, Chunk], budget: int) -> list[BlockCopy]:

@@ -135,11 +135,15 @@ class SpillDetector:
         return State.OK if self._state is State.OK else State.PRESSURE
 
     def _spill(self, reading: Reading) -> int:
+        told = max(0, reading.spilled_own_bytes)
         if reading.unified and not self._past:
             # Pages that were swapped out long ago and are not missed do no harm: what counts is what comes on top.
-            self._forgiven_bytes = reading.spilled_own_bytes
-        self._forgiven_bytes = min(self._forgiven_bytes, reading.spilled_own_bytes)
-        spilled = reading.spilled_own_bytes - self._forgiven_bytes
+            self._forgiven_bytes = told
+        if reading.unified and reading.free_bytes >= self.headroom.calm_bytes:
+            # With room for everything the kernel swaps out what nobody misses; what is missed shows as major faults.
+            self._forgiven_bytes = told
+        self._forgiven_bytes = min(self._forgiven_bytes, told)
+        spilled = told - self._forgiven_bytes
         if spilled > SPILL_BYTES:
             self._polls_over += 1
             if self._over_since is None:

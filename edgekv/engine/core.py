@@ -18,6 +18,7 @@ from edgekv.engine.sampler import NonFiniteLogits, SampleRow, check_params
 from edgekv.engine.segment_memory import is_out_of_memory
 
 POOL_SHARE_GIVEN_BACK = 0.1
+GUARD_S = 1.0  # for the memory guard to see that others took memory: several of its periods
 
 
 class Forward(Protocol):
@@ -68,8 +69,8 @@ class ElasticPool(Protocol):
 class Pins(Protocol):
     """What is kept in the prefix cache by name; `PinnedPrefixes` is one."""
 
-    def observe(self, now_s: float) -> None:
-        """The present: some pins may end with it."""
+    def observe(self, now_s: float, spare_blocks: Callable[[], int]) -> None:
+        """The present: some pins may end with it, others come back into as many blocks as `spare_blocks` says."""
         ...
 
 
@@ -106,6 +107,8 @@ class EngineCore:
         self._has_news = False
         self._held = self._resized = False
         self._num_resizes = 0
+        self._is_guarded = False
+        self._full_since_s: float | None = None
 
     @property
     def busy(self) -> bool:
@@ -142,6 +145,9 @@ class EngineCore:
         For others' need the pool shrinks below what it has promised: sequences wait for it to grow again. The next
         step reports what came of an order that shrinks, grows, or changes whether steps are held.
         """
+        self._is_guarded = True
+        if order.shrink_bytes or order.hold:
+            self._full_since_s = None  # it has seen to it; whether that helps is for the next step to find out
         resizes = bool(order.shrink_bytes or order.grow_bytes)
         self._resized |= resizes
         self._has_news |= resizes or order.hold != self._held
@@ -181,7 +187,8 @@ class EngineCore:
         """Run one step; while steps are held, and right after a resize, only report.
 
         Out of memory in it, the next call tries again with one sequence less, or, where there was only one, with a
-        pool smaller by POOL_SHARE_GIVEN_BACK. A sequence for which neither is possible ends.
+        pool smaller by POOL_SHARE_GIVEN_BACK; under a memory guard not before that has had its chance. A sequence for
+        which neither is possible ends.
         """
         refused, self._refused, self._has_news = tuple(self._refused), [], False
         self._tell_time()
@@ -199,7 +206,7 @@ class EngineCore:
         now_s = self.clock()
         self.scheduler.cache.tell_time(now_s)
         if self._pins is not None:
-            self._pins.observe(now_s)
+            self._pins.observe(now_s, lambda: self.scheduler.spare_blocks)
 
     def _advance(self) -> Outcome:
         plan = self.scheduler.plan()
@@ -211,12 +218,16 @@ class EngineCore:
     def _run(self, plan: StepPlan) -> Outcome:
         try:
             logits = self.runner.forward(plan)
-            return self._choose(plan, logits)
+            outcome = self._choose(plan, logits)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        if self.scheduler.retreat(plan) or self._give_memory_back():
+        else:
+            self._full_since_s = None
+            return outcome
+        if self.scheduler.retreat(plan) or self._is_for_the_guard() or self._give_memory_back():
             return Outcome()
+        self._full_since_s = None
         return Outcome(finished=self._give_up_for_memory([chunk.sequence.id for chunk in plan.chunks]))
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> Outcome:
@@ -234,6 +245,16 @@ class EngineCore:
         outcome = self.scheduler.complete(survivors, chosen)
         return Outcome(outcome.tokens, finished + outcome.finished)
 
+    def _is_for_the_guard(self) -> bool:
+        """Whether it may be that others just took memory: then the guard lends it to them, which lasts no longer.
+
+        What is given back here is lost for good.
+        """
+        now_s = self.clock()
+        if self._full_since_s is None:
+            self._full_since_s = now_s
+        return self._is_guarded and now_s - self._full_since_s < GUARD_S
+
     def _give_memory_back(self) -> bool:
         if self.pool is None:
             return False
@@ -244,7 +265,7 @@ class EngineCore:
         given_back = self.pool.shrink(self.scheduler, num_bytes, keep_promises=not lent)
         if given_back and not lent:
             self.pool.stay_small()
-        return given_back > 0
+        return given_back > 0 or lent
 
     def _memory(self) -> MemoryStats | None:
         if self.pool is None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.ledger import Ledger
+from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.prefix_tree import OPEN_SALT, Node
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import FinishReason, SequenceSpec
@@ -113,7 +114,15 @@ class PinnedPrefixes:
             PinnedPromptRefused: one that does not fit, checked before anything is computed.
             PinnedPromptFailed: one whose computation did not end well.
         """
-        self._check(prompts, context_tokens, model_tokens)
+        cache = self._cache
+        check_pinned(
+            prompts,
+            prefix=cache.prefix,
+            block_size=cache.block_size,
+            pool_blocks=cache.pool.total_blocks,
+            context_tokens=context_tokens,
+            model_tokens=model_tokens,
+        )
         token_bytes = self._block_bytes // self._cache.block_size
         total_bytes = sum(len(prompt.token_ids) for prompt in prompts) * token_bytes
         done_bytes = 0
@@ -127,10 +136,11 @@ class PinnedPrefixes:
         if prompts:
             self._earmark()
 
-    def observe(self, now_s: float) -> None:
+    def observe(self, now_s: float, spare_blocks: Callable[[], int] | None = None) -> None:
         """Renew the pins that were used since the last call, and give up those that nobody used for their TTL.
 
-        A prefix that is used again after its pin was given up, and is still cached as a whole, is pinned again.
+        A prefix that is used again after its pin was given up, and is still cached as a whole, is pinned again; not
+        before `spare_blocks` says that so many more can be, for what was let in meanwhile counts on them (None: all).
         """
         changed = False
         for name, pin in self._pins.items():
@@ -138,6 +148,10 @@ class PinnedPrefixes:
                 continue
             tip = pin.chain[-1]
             if tip.live and tip.last_used != pin.last_used:
+                if not pin.is_held and spare_blocks is not None:
+                    new_blocks = sum(not node.pins for node in pin.chain)
+                    if new_blocks > spare_blocks():
+                        continue
                 pin.last_used, pin.deadline_s = tip.last_used, now_s + pin.prompt.ttl_s
                 if not pin.is_held:
                     self._cache.pin_prefix(name, pin.chain, priority=pin.prompt.priority)
@@ -160,41 +174,6 @@ class PinnedPrefixes:
             for name, pin in self._pins.items()
         )
 
-    def _check(self, prompts: Sequence[PinnedPrompt], context_tokens: int | None, model_tokens: int) -> None:
-        cache = self._cache
-        size, pool_tokens = cache.block_size, cache.pool.total_blocks * cache.block_size
-        # A context that nobody asked for may turn out smaller than the model's, but not by more than half of the pool.
-        kept_tokens = min(model_tokens, pool_tokens // 2) if context_tokens is None else context_tokens
-        kept_blocks = cache.blocks_for(kept_tokens)
-        blocks: set[bytes] = set()
-        for prompt in prompts:
-            num_tokens = len(prompt.token_ids)
-            if cache.prefix is None:
-                raise PinnedPromptRefused(prompt.name, "pinned prompts live in the prefix cache, and it is off.")
-            if num_tokens < size:
-                raise PinnedPromptRefused(
-                    prompt.name,
-                    f"all prompts that begin with it share {num_tokens:,} tokens, and only whole blocks of {size} are "
-                    "pinned. Leave it out: so few are computed in no time.",
-                )
-            most_tokens = model_tokens if context_tokens is None else context_tokens
-            if num_tokens >= most_tokens:
-                raise PinnedPromptRefused(
-                    prompt.name, f"it has {num_tokens:,} tokens, and a request may have {most_tokens:,} in all."
-                )
-            keys: list[bytes] = []
-            cache.prefix.extend_keys(keys, prompt.token_ids, OPEN_SALT)
-            blocks.update(keys)
-            if len(blocks) + kept_blocks > cache.pool.total_blocks:
-                left_tokens = max(0, cache.pool.total_blocks - kept_blocks) * size
-                others = f" ({len(blocks) * size:,} with those before it)" if prompt is not prompts[0] else ""
-                raise PinnedPromptRefused(
-                    prompt.name,
-                    f"it has {num_tokens:,} tokens{others}. The KV pool holds {pool_tokens:,}, of which "
-                    f"{kept_blocks * size:,} are kept for one context: that leaves {left_tokens:,} to be pinned. "
-                    "Shorten it, ask for a smaller context, or raise kv.budget.",
-                )
-
     def _pin(self, prompt: PinnedPrompt, now_s: float) -> None:
         chain = self._cache.chain(prompt.token_ids, OPEN_SALT)
         if len(chain) < len(prompt.token_ids) // self._cache.block_size:
@@ -205,6 +184,54 @@ class PinnedPrefixes:
 
     def _earmark(self) -> None:
         self._ledger.earmark(EARMARK, KV_LEASE, self._cache.pinned_blocks * self._block_bytes)
+
+
+def check_pinned(
+    prompts: Sequence[PinnedPrompt],
+    *,
+    prefix: PrefixCache | None,
+    block_size: int,
+    pool_blocks: int,
+    context_tokens: int | None,
+    model_tokens: int,
+) -> int:
+    """How many blocks the prompts pin; beginnings that they share count once. Raises PinnedPromptRefused.
+
+    `prefix` names the blocks, None where it is off; `pool_blocks` are all that there are. The rest: see `load`.
+    """
+    pool_tokens = pool_blocks * block_size
+    # A context that nobody asked for may turn out smaller than the model's, but not by more than half of the pool.
+    kept_tokens = min(model_tokens, pool_tokens // 2) if context_tokens is None else context_tokens
+    kept_blocks = -(-kept_tokens // block_size)
+    blocks: set[bytes] = set()
+    for prompt in prompts:
+        num_tokens = len(prompt.token_ids)
+        if prefix is None:
+            raise PinnedPromptRefused(prompt.name, "pinned prompts live in the prefix cache, and it is off.")
+        if num_tokens < block_size:
+            raise PinnedPromptRefused(
+                prompt.name,
+                f"all prompts that begin with it share {num_tokens:,} tokens, and only whole blocks of {block_size} "
+                "are pinned. Leave it out: so few are computed in no time.",
+            )
+        most_tokens = model_tokens if context_tokens is None else context_tokens
+        if num_tokens >= most_tokens:
+            raise PinnedPromptRefused(
+                prompt.name, f"it has {num_tokens:,} tokens, and a request may have {most_tokens:,} in all."
+            )
+        keys: list[bytes] = []
+        prefix.extend_keys(keys, prompt.token_ids, OPEN_SALT)
+        blocks.update(keys)
+        if len(blocks) + kept_blocks > pool_blocks:
+            left_tokens = max(0, pool_blocks - kept_blocks) * block_size
+            others = f" ({len(blocks) * block_size:,} with those before it)" if prompt is not prompts[0] else ""
+            raise PinnedPromptRefused(
+                prompt.name,
+                f"it has {num_tokens:,} tokens{others}. The KV pool holds {pool_tokens:,}, of which "
+                f"{kept_blocks * block_size:,} are kept for one context: that leaves {left_tokens:,} to be pinned. "
+                "Shorten it, ask for a smaller context, or raise kv.budget.",
+            )
+    return len(blocks)
 
 
 def _compute(core: Steps, prompt: PinnedPrompt) -> Iterator[int]:

@@ -6,6 +6,7 @@ read, so that a plan and the guard never differ.
 
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from edgekv.smi.reader import ReadingFailed
 from edgekv.smi.small_files import list_folder, read_line
 
 _PCI_VENDORS = {"nvidia": "0x10de", "amd": "0x1002"}
+_FREE_DRIVERS = ("nouveau", "nova_core")  # the kernel's own for NVIDIA's cards; nothing is computed with them
 _PATIENCE_S = 1.0
 
 
@@ -87,9 +89,11 @@ def survey_nvidia(sysfs: Path = SYSFS, proc: Path = PROC) -> Survey:
     try:
         library = nvml.Nvml.open()
     except nvml.NoLibrary as error:
-        return Survey("nvidia", problem=str(error), absent=True)
+        there = _told_of(sysfs, "nvidia", besides=("nvidia",))
+        problem = f"an NVIDIA card is there ({there}), but {error}" if there else str(error)
+        return Survey("nvidia", problem=problem, absent=there is None)
     except nvml.NoDriver as error:
-        idle = _undriven(sysfs, "nvidia")
+        idle = _told_of(sysfs, "nvidia")
         problem = f"an NVIDIA card is there ({idle}), but NVIDIA's kernel driver is not loaded" if idle else str(error)
         return Survey("nvidia", problem=problem, absent=idle is None)
     except ReadingFailed as error:
@@ -99,9 +103,9 @@ def survey_nvidia(sysfs: Path = SYSFS, proc: Path = PROC) -> Survey:
         version = library.optional("nvmlSystemGetNVMLVersion")
         found: list[Card] = []
         lost: str | None = None
-        for index, handle in enumerate(library.handles()):
+        for index in range(library.num_cards()):
             try:
-                found.append(_nvidia_card(library, index, handle, str(driver), proc))
+                found.append(_nvidia_card(library, index, library.nth(index), str(driver), proc))
             except ReadingFailed as error:
                 lost = lost or f"card {index}: {error}"
         return Survey("nvidia", tuple(found), lost or library.missing, library=f"NVML {version or 'unknown'}")
@@ -169,7 +173,7 @@ def _amd_files(sysfs: Path, proc: Path, problem: str, *, absent: bool) -> Survey
     if found:
         # Without amdsmi nothing is amiss: the files tell all that is needed.
         return Survey("amd", _in_order(found, sysfs), None if absent else problem, library="amdgpu's files in /sys")
-    idle = _undriven(sysfs, "amd")
+    idle = _told_of(sysfs, "amd")
     if idle is not None:
         return Survey("amd", problem=f"an AMD card is there ({idle}), but its kernel driver (amdgpu) does not drive it")
     return Survey("amd", problem=problem, absent=absent or not _on_bus(sysfs, "amd"))
@@ -215,9 +219,19 @@ def _amdgpu_version(sysfs: Path) -> str:
     return read_line(sysfs / "module/amdgpu/version") or f"Linux {platform.release()}"
 
 
-def _undriven(sysfs: Path, vendor: Literal["nvidia", "amd"]) -> str | None:
-    """The PCI address of a card that no driver has; one that was handed to a virtual machine (vfio) has one."""
-    return next((folder.name for folder in _on_bus(sysfs, vendor) if not os.path.lexists(folder / "driver")), None)
+def _told_of(sysfs: Path, vendor: Literal["nvidia", "amd"], besides: Collection[str] = ()) -> str | None:
+    """The first card that no driver has, or one with which nothing can be computed (or one of `besides`): its address.
+
+    One that was handed to a virtual machine (vfio) is not meant.
+    """
+    for folder in _on_bus(sysfs, vendor):
+        link = folder / "driver"
+        driver = os.path.basename(os.path.realpath(link)) if os.path.lexists(link) else None
+        if driver is None:
+            return folder.name
+        if driver in (*_FREE_DRIVERS, *besides):
+            return f"{folder.name}, driven by {driver}"
+    return None
 
 
 def _on_bus(sysfs: Path, vendor: Literal["nvidia", "amd"]) -> list[Path]:

@@ -117,6 +117,13 @@ def refreshed(place: Place, sources: Sequence[Source] | None = None) -> Place:
     return place
 
 
+def lent(place: Place, wanted: Wanted) -> Place:
+    """The place with the reserve and the budget of `wanted`."""
+    budget = wanted.vram_budget
+    most = int(place.total_bytes * budget.fraction) if isinstance(budget, Share) else budget
+    return replace(place, reserve_bytes=wanted.desktop_reserve_bytes, most_bytes=most)
+
+
 def usable_cards(build: TorchBuild | None) -> tuple[Card, ...]:
     """The cards that the installed torch was built for."""
     if build is None:
@@ -171,9 +178,7 @@ def _lent(place: Place, cards: Sequence[Card], devices: Mapping[str, Wanted], fi
             card = _meant(wanted.match, cards)
             means = card is not None and (card.vendor, card.pci_id) == (place.watched.vendor, place.watched.pci_id)
         if means:
-            budget = wanted.vram_budget
-            most = int(place.total_bytes * budget.fraction) if isinstance(budget, Share) else budget
-            return replace(place, reserve_bytes=wanted.desktop_reserve_bytes, most_bytes=most)
+            return lent(place, wanted)
     return place
 
 

@@ -49,11 +49,15 @@ class Nvml:
         with contextlib.suppress(Exception):
             self.module.nvmlShutdown()
 
-    def handles(self) -> list[Any]:
-        """Every card's handle, in NVML's order (by PCI address). Raises ReadingFailed."""
+    def num_cards(self) -> int:
+        """How many cards NVML knows, lost ones among them. Raises ReadingFailed."""
         with _failures(self.module):
-            count = self.module.nvmlDeviceGetCount()
-            return [self.module.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+            return int(self.module.nvmlDeviceGetCount())
+
+    def nth(self, index: int) -> Any:
+        """The handle of a card by its number in NVML's order (by PCI address). Raises ReadingFailed: it may be lost."""
+        with _failures(self.module):
+            return self.module.nvmlDeviceGetHandleByIndex(index)
 
     def handle(self, pci_id: str | None) -> Any:
         """The card at that address, or the only one. Raises ReadingFailed."""
@@ -63,10 +67,9 @@ class Nvml:
                     return self.module.nvmlDeviceGetHandleByPciBusId(pci_id)
                 except self.module.NVMLError_NotFound:
                     raise ReadingFailed(f"NVML knows no card at {pci_id}") from None
-            handles = self.handles()
-        if len(handles) != 1:
-            raise ReadingFailed(f"NVML: which of {len(handles)} cards is meant was not said")
-        return handles[0]
+        if (count := self.num_cards()) != 1:
+            raise ReadingFailed(f"NVML: which of {count} cards is meant was not said")
+        return self.nth(0)
 
     def pci_address(self, handle: Any) -> str | None:
         """None where it is not told. Raises ReadingFailed."""

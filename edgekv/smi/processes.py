@@ -36,7 +36,8 @@ class Names:
             name = read_line(self._proc / str(pid) / "comm")
             if name is None and self._elsewhere is not None:
                 name = self._elsewhere(pid)
-            self._names[pid] = name or "?"
+            # A program may call itself anything, and its name is printed to terminals.
+            self._names[pid] = "".join(c if c.isprintable() else "?" for c in name or "?")
         return self._names[pid]
 
     def keep(self, pids: Collection[int]) -> None:

@@ -4,7 +4,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +15,7 @@ import trio.testing
 from edgekv.actors.feed import MOST_DELAY_S, Feed, InThread, OffLoop
 from edgekv.core.reading import Reading
 from edgekv.smi.reader import ReadingFailed, Source
-from tests.actors.simulated_card import Line, SimulatedCard
+from tests.actors.simulated_card import CardReader, Line, SimulatedCard
 
 
 @asynccontextmanager
@@ -162,3 +164,25 @@ async def test_an_error_that_no_source_should_raise_is_one_all_the_same(
         await trio.sleep(1)
         assert feed.problem == "'amdsmi'"
     assert "KeyError" in caplog.text
+
+
+@pytest.mark.parametrize("garbage", [{"total_bytes": 0, "used_bytes": 0}, {"used_bytes": -1}, {"own_bytes": -4096}])
+async def test_one_that_says_what_cannot_be_is_left_alone_and_opened_again(
+    autojump_clock: trio.testing.MockClock, garbage: dict[str, Any]
+) -> None:
+    card = SimulatedCard()
+    spoilt = True
+
+    class Spoilt(CardReader):
+        def read(self, at: float) -> Reading:
+            return replace(super().read(at), **garbage) if spoilt else super().read(at)
+
+    async with running(Source("amdsmi", lambda: Spoilt(card, "amdsmi")), Line(card)) as feed:
+        await opened(feed)
+        assert await feed.read(1.0, 0.25) is None
+        assert feed.problem is not None
+        assert feed.problem.startswith("says what cannot be: ")
+        spoilt = False
+        await opened(feed)
+        assert await feed.read(2.0, 0.25) is not None
+        assert feed.problem is None

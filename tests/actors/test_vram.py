@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import trio
 import trio.testing
 
@@ -12,7 +13,7 @@ from edgekv.actors.engine import Phase
 from edgekv.actors.service import MemoryView
 from edgekv.actors.stream import TokenStream
 from edgekv.actors.vram import BLIND_S, LEAST_PERIOD_S
-from edgekv.core.pressure import CALM_S, FROZEN_S, WATCHFUL_S
+from edgekv.core.pressure import CALM_S, FROZEN_S, WATCHFUL_S, Decision
 from edgekv.core.sequence import FinishReason
 from edgekv.core.spill import State
 from edgekv.core.step import Finished, Resize, StepPlan
@@ -155,6 +156,32 @@ async def test_memory_can_be_taken_to_the_last_segment_under_open_streams_and_al
         await finish(streams, 600)
         assert server.admission.num_open == 0
         server.simulated.segments.check_integrity()
+
+
+@pytest.mark.parametrize("pool_share", [0.1, 1.0])
+async def test_a_step_that_finds_no_memory_before_the_guard_has_seen_who_took_it_costs_time_and_nothing_else(
+    autojump_clock: Clock, pool_share: float
+) -> None:
+    card = SimulatedCard()
+
+    def on_step(plan: StepPlan) -> None:
+        if plan.chunks and card.total_bytes - card.own_bytes - card.others_bytes < 200 * MIB:
+            raise torch.OutOfMemoryError("the card is full")
+
+    engine = SimulatedEngine(card, pool_segments=64, ceiling_segments=64, on_step=on_step)
+    async with Guarded(card, engine=engine).running() as server:
+        engine.core.clock = trio.current_time
+        most, pool_tokens = card.kv_bytes, server.service.card().pool_tokens
+        max_tokens = int(pool_share * (pool_tokens - 100))
+        streams = await server.service.open([make_draft(max_tokens)])
+        await trio.sleep(2)
+        card.others_bytes = card.total_bytes - card.own_bytes - 100 * MIB
+        await trio.sleep(10)
+        assert card.kv_bytes < most
+        card.others_bytes = 2 * GIB
+        await finish(streams, max_tokens)
+        await trio.sleep(30)
+        assert card.kv_bytes == most
 
 
 async def test_no_step_runs_while_memory_of_ours_is_out_of_the_card(autojump_clock: Clock) -> None:
@@ -393,6 +420,27 @@ async def test_a_bug_in_it_is_told_and_it_goes_on_and_lets_steps_go_on_meanwhile
         assert card.stray_bytes == 0
         await finish(streams, 3000)
     assert "the memory guard crashed, restarts in 0.5 s" in caplog.text
+
+
+async def test_what_it_cannot_tell_of_it_orders_all_the_same(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimulatedCard()
+    async with Guarded(card).running() as server:
+        await trio.sleep(2)
+        decided = server.watch._log.decided
+
+        def crash_once(decision: Decision, *args: Any) -> None:
+            if decision.shrink_bytes:
+                monkeypatch.undo()
+                raise ZeroDivisionError("a bug")
+            decided(decision, *args)
+
+        monkeypatch.setattr(server.watch._log, "decided", crash_once)
+        card.others_bytes = 13 * GIB
+        await trio.sleep(5)
+        assert card.spilled_bytes == 0
+        assert card.total_bytes - card.own_bytes - card.others_bytes >= server.policy.headroom.critical_bytes
 
 
 async def test_all_that_is_known_is_in_one_view(autojump_clock: Clock) -> None:

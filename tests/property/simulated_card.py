@@ -34,6 +34,8 @@ class SimulatedCard:
     report_s: float = 0.0
     busy: bool = True
     tells_own: bool = True
+    unified: bool = False
+    heals: bool = True
     tick_s: float = 0.05
     starved: Callable[[int], bool] = field(default=lambda kv_bytes: False)
     policy: PressurePolicy = field(init=False)
@@ -95,12 +97,13 @@ class SimulatedCard:
         else:
             reading = self._last = Reading(
                 total_bytes=self.total_bytes,
-                used_bytes=min(self.total_bytes, own + self.others_bytes),
+                used_bytes=min(self.total_bytes, own - self.spilled_bytes + self.others_bytes),
                 own_bytes=own - evicted - self.spilled_bytes if self.tells_own else None,
                 source="simulated",
                 at=self.now,
                 spilled_own_bytes=self.spilled_bytes + evicted,
                 evicted_ms=self.evicted_ms,
+                unified=self.unified,
             )
         while self._reports and self._reports[0][0] <= self.now:
             self._facts = self._reports.pop(0)[1]
@@ -145,7 +148,8 @@ class SimulatedCard:
             self._leaving.append((self.now + self.lag_s, -moved))
         self.given_back += max(0, -moved)
         self.taken += max(0, moved)
-        self.spilled_bytes = max(0, self.spilled_bytes - max(0, -moved))
+        if self.heals:
+            self.spilled_bytes = max(0, self.spilled_bytes - max(0, -moved))
         self.num_resizes += 1
         self._reports.append((self.now + self.report_s, self._report()))
         if moved:

@@ -155,7 +155,8 @@ def test_a_spill_is_given_back_and_nothing_runs_meanwhile() -> None:
 
 
 def test_what_stays_spilled_although_the_pool_is_empty_is_not_the_pools() -> None:
-    card = SimulatedCard(lambda at: DESKTOP, ceiling_bytes=SEGMENT * 4)
+    others = 16 * GIB - 2 * GIB - 4 * SEGMENT - int(1.2 * GIB)  # some room, though never what is called calm
+    card = SimulatedCard(lambda at: others, ceiling_bytes=SEGMENT * 4)
     card.run(1)
     for _ in range(40 * 20):
         card.spilled_bytes = 500 * MIB
@@ -335,3 +336,30 @@ def test_growing_into_memory_that_was_free_from_the_start_is_no_mistake() -> Non
     card.run(20)
     assert card.moves[0][1] > 0
     assert card.policy.patience_s == PATIENCE_S
+
+
+def test_what_is_swapped_out_costs_as_much_of_the_pool_and_no_more_although_it_stays_out() -> None:
+    """Giving back makes room; cold pages come back when they are touched, and steps must not wait for that."""
+    card = SimulatedCard(lambda at: DESKTOP, unified=True, heals=False, evicts=False)
+    card.run(3)
+    assert card.free_bytes < card.headroom.calm_bytes
+    card.spilled_bytes = 200 * MIB
+    card.run(5)
+    assert 200 * MIB <= card.given_back < 200 * MIB + SEGMENT
+    assert not card.decisions[-1][1].hold
+    card.spilled_bytes = 300 * MIB
+    card.run(5)
+    assert 300 * MIB <= card.given_back < 300 * MIB + 2 * SEGMENT, "what comes on top counts"
+
+
+def test_a_pool_that_gave_back_what_nobody_ordered_is_in_no_hurry_to_take_it_again() -> None:
+    card = SimulatedCard(lambda at: DESKTOP - (2 * GIB if at > 2 else 0), ceiling_bytes=4 * GIB)
+    card.run(3)
+    card.given_back += SEGMENT  # a step found no memory
+    card.kv_bytes -= SEGMENT
+    card._held -= SEGMENT
+    card.tell()
+    card.run(PATIENCE_S - 1)
+    assert card.taken == 0
+    card.run(3)
+    assert card.taken == SEGMENT

@@ -16,7 +16,7 @@ run = CliRunner().invoke
 def test_a_load_is_sent_and_summed_up(tmp_path: Path) -> None:
     script, out = Script(gap_s=0.002), tmp_path / "results.jsonl"
     with openai_server(script) as url:
-        options = ["--requests", "5", "--warmup", "1", "--api-key", "secret", "--seed", "3", "--out", str(out)]
+        options = ["--requests", "5", "--warmup", "1", "--api-key", "Schlüssel", "--seed", "3", "--out", str(out)]
         result = run(app, ["bench", "serve", "--url", url, "--json", *options, "--extra", '{"ignore_eos": true}'])
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
@@ -26,7 +26,7 @@ def test_a_load_is_sent_and_summed_up(tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == summary
     assert len(script.asked) == 6
     assert all(body["stream"] and body["ignore_eos"] and body["temperature"] == 0 for body in script.asked)
-    assert set(script.keys) == {"Bearer secret"}
+    assert set(script.keys) == {"Bearer Schlüssel".encode().decode("latin-1")}
 
 
 def test_the_same_seed_sends_the_same_prompts_that_share_a_system_prompt() -> None:

@@ -92,6 +92,15 @@ def test_a_server_that_wants_a_key_is_told_how_to_get_one() -> None:
         _first_model(client)
 
 
+def test_a_key_in_any_letters_is_sent_and_an_error_in_brackets_is_shown() -> None:
+    script = Script(error=(400, "no [/INST] here"))
+    with openai_server(script) as url:
+        result = run(app, ["chat", "--url", url, "--api-key", "ein Schlüssel"], input="Hello\n/quit\n")
+    assert result.exit_code == 0, result.output
+    assert script.keys == ["Bearer ein Schlüssel".encode().decode("latin-1")]
+    assert "error: no [/INST] here" in result.stderr
+
+
 def test_a_closed_terminal_leaves_no_server_behind() -> None:
     command = [sys.executable, "-m", "edgekv", "chat", "demo"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as chat:

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from edgekv.cli.app import app
 from edgekv.cli.owners import LOOKS, Owned, owner_bar
 from edgekv.demo import draft_path, target_path
+from edgekv.engine.pinned import PinnedPromptRefused
 from edgekv.engine.settings import EngineSettings, lease, plan_engine
+from edgekv.errors import OverBudget
 from edgekv.model.hf_config import read_spec
 from edgekv.smi.device import Place
 from tests.unit.cli.shapes import LLAMA_3_8B, MISTRAL_7B, write_shape
@@ -173,6 +175,10 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
             ["--kv-dtype bfloat16: half the memory for each token; the pool would hold 4,096 tokens: it fits with "
              "--context 4096 then"],
         ),
+        (
+            ["--vram", "24GiB", "--kv-budget", "40%"],
+            ["a KV pool of 9.60 GiB is ", " more than there is room for", "MiB: all that there is room for; the pool"],
+        ),
         (["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"], ["without --draft: 1.00 GiB less; the pool"]),
         (
             ["--vram", "24GiB", "--others", "7GiB"],
@@ -193,6 +199,7 @@ def test_what_does_not_fit_is_told_with_remedies(llama: Path, options: list[str]
     [
         ["--vram", "24GiB", "--kv-budget", "512MiB"],
         ["--vram", "24GiB", "--kv-budget", "512MiB", "--kv-dtype", "float32"],
+        ["--vram", "24GiB", "--kv-budget", "40%"],
         ["--vram", "24GiB", "--dtype", "float32"],
         ["--vram", "17.5GiB"],
         ["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"],
@@ -202,7 +209,8 @@ def test_every_remedy_that_is_ticked_works(llama: Path, options: list[str]) -> N
     remedies = [made for made in planned(llama, *options)["remedies"] if made["fits"] and made["options"]]
     assert remedies
     for made in remedies:
-        changed = [option for option in options if option != "512MiB"] if "budget" in made["options"] else options
+        budgets = ("512MiB", "40%")
+        changed = [option for option in options if option not in budgets] if "budget" in made["options"] else options
         if made["options"] == "without --draft":
             changed, added = changed[:2], []
         else:
@@ -264,3 +272,52 @@ def test_options_go_over_the_configuration(tmp_path: Path) -> None:
     plan = planned(file, "--context", "512", "--card", "4090")
     assert (plan["context_tokens"], plan["title"]) == (512, "GeForce RTX 4090")
     assert plan["kv"]["pool_bytes"] == 64 * MIB // plan["kv"]["block_bytes"] * plan["kv"]["block_bytes"]
+
+
+def test_what_the_ledger_would_refuse_does_not_fit(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"models: {{m: {{path: {draft_path()}, kv: {{budget: 99%}}}}}}\n")
+    assert not planned(file)["fits"]
+    served = run(app, ["serve", str(file), "--port", "0"])
+    assert served.exit_code == 1
+    assert isinstance(served.exception, OverBudget)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Hi.", "only whole blocks of 16 are pinned"),
+        ("You keep a lighthouse. " * 900, "and a request may have 4,096 in all"),
+        ("You keep a lighthouse. " * 500, "are kept for one context: that leaves "),
+    ],
+)
+def test_a_pinned_prompt_that_would_not_be_loaded_is_not_planned(text: str, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    prompts = f"[{{name: house, text: '{text}'}}]"
+    file.write_text(f"models: {{m: {{path: {target_path()}, kv: {{budget: 24MiB}}, pinned_prompts: {prompts}}}}}\n")
+    refused = run(app, ["plan", str(file)])
+    assert refused.exit_code == 1
+    assert isinstance(refused.exception, PinnedPromptRefused)
+    assert told in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_lent"),
+    [
+        (["--card", "7900 xtx"], True),
+        (["--vram", "24GiB"], True),
+        (["--card", "4090"], False),
+        (["--card", "W7900"], False),
+    ],
+)
+def test_a_card_that_is_not_here_leaves_to_others_what_the_configuration_says(
+    options: list[str], is_lent: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "devices: {xtx: {match: {vendor: amd, name: rx 7900 XTX}, desktop_reserve: 4GiB, vram_budget: 50%}}\n"
+        f"models: {{m: {{path: {target_path()}, device: xtx}}}}\n"
+    )
+    plan = planned(file, *options)
+    assert (plan["headroom_bytes"] == 4 * GIB) == is_lent
+    assert (plan["budget_bytes"] == 12 * GIB) == is_lent

@@ -78,6 +78,14 @@ def test_what_a_person_got_wrong_is_one_line_and_exit_code_1(tmp_path: Path) -> 
     assert ended.stderr.startswith("error: ")
 
 
+def test_a_warning_may_hold_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "c.yaml").write_text("version: 1\n")
+    monkeypatch.setenv("EDGEKV_[/B]", "1")
+    checked = CliRunner().invoke(app, ["check", str(tmp_path / "c.yaml")])
+    assert checked.exit_code == 0
+    assert "EDGEKV_[/B] matches no setting" in checked.stderr.replace("\n", " ")
+
+
 def test_doctor_looks_at_everything_and_gives_a_fix_with_every_complaint() -> None:
     findings = list(examine())
     subjects = [finding.subject for finding in findings]

@@ -142,6 +142,8 @@ def test_nothing_that_exists_is_overwritten_and_a_bad_place_is_told_before_the_r
         card.record(file)
     with pytest.raises(NothingToRecord, match="there is no folder"):
         card.record(file.parent / "none" / "x.json")
+    with pytest.raises(NothingToRecord, match="cannot be written: File name too long"):
+        card.record(file.parent / ("x" * 300))
     for seconds in (0.0, -1.0, float("nan"), 1e9):
         with pytest.raises(NothingToRecord, match="--seconds takes"):
             card.record(file.parent / "y.json", seconds)

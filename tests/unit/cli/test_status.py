@@ -70,6 +70,12 @@ def test_the_statement_names_every_owner_with_its_share() -> None:
     assert bar == "█" * 12 + "▓" * 38 + "▒" * 25 + "·" * 25
 
 
+def test_a_program_may_be_called_anything() -> None:
+    holders = (Holder(7, "[vkps] Update", GIB), Holder(8, "[/x]", None))
+    text = printed(replace(WATCHED, reading=replace(WATCHED.reading, holders=holders)))  # type: ignore[type-var]
+    assert "[vkps] Update 1.00 GiB, [/x] ?" in text
+
+
 def test_it_says_what_was_given_back_and_what_is_held() -> None:
     text = printed(WATCHED)
     for line in (
@@ -86,7 +92,8 @@ def test_it_says_what_was_given_back_and_what_is_held() -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     unread = MemoryView("a card", GIB, problem="nvml: the driver does not answer")
-    assert printed(unread) == "a card\nnvml: the driver does not answer\n"
+    text = "a card\nnvml: the driver does not answer\n\nledger  nothing is leased: no model has been loaded yet\n"
+    assert printed(unread) == text
     alone = printed(None, EngineStats(POOL, running=0, waiting=0))
     assert alone.splitlines()[0] == "nobody watches this server's device"
     assert "pool    1,600 tokens" in alone
@@ -123,15 +130,16 @@ def answering(status: int, body: bytes) -> Iterator[tuple[str, list[str | None]]
 STATEMENT = json.dumps(memory_json(WATCHED, None)).encode()
 
 
-def test_it_asks_the_server_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["a long secret", "ein Schlüssel"])
+def test_it_asks_the_server_with_the_key(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(200, STATEMENT) as (url, keys):
-        monkeypatch.setenv("EDGEKV_KEY", "a long secret")
+        monkeypatch.setenv("EDGEKV_KEY", key)
         result = CliRunner().invoke(app, ["status", "--url", f"{url}/v1"])
         as_json: dict[str, Any] = json.loads(CliRunner().invoke(app, ["status", "--url", url, "--json"]).stdout)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("GeForce RTX 4080  pressure")
     assert as_json == json.loads(STATEMENT)
-    assert keys == ["Bearer a long secret"] * 2
+    assert keys == [f"Bearer {key}".encode().decode("latin-1")] * 2  # the bytes, as http.server reads them
 
 
 @pytest.mark.parametrize(
@@ -141,6 +149,8 @@ def test_it_asks_the_server_with_the_key(monkeypatch: pytest.MonkeyPatch) -> Non
         (404, b"{}", "is not an edgekv server of this version (404)"),
         (200, b"<html>", "is not an edgekv server of this version (200)"),
         (200, b'{"object": "list"}', "is not an edgekv server of this version (200)"),
+        (403, b'{"error": {"message": "This Host is not allowed."}}', "refuses: This Host is not allowed."),
+        (403, b'{"error": "no"}', "is not an edgekv server of this version (403)"),
     ],
 )
 def test_what_is_no_statement_is_one_line(status: int, body: bytes, told: str) -> None:
@@ -150,6 +160,16 @@ def test_what_is_no_statement_is_one_line(status: int, body: bytes, told: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("body", [b'{"owners": null}', STATEMENT.replace(b"free_blocks", b"free"), b'{"owners": [1]}'])
+def test_another_versions_statement_is_one_line(body: bytes) -> None:
+    with answering(200, body) as (url, _):
+        shown = CliRunner().invoke(app, ["status", "--url", url])
+        as_json = CliRunner().invoke(app, ["status", "--url", url, "--json"])
+    assert isinstance(shown.exception, NoStatement)
+    assert "not of the same version" in str(shown.exception)
+    assert json.loads(as_json.stdout) == json.loads(body)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://nowhere.invalid", "no url", "http://[", ""])
 def test_where_no_server_is_it_says_so_in_one_line(url: str) -> None:
     with pytest.raises(NoStatement) as caught:
@@ -157,3 +177,31 @@ def test_where_no_server_is_it_says_so_in_one_line(url: str) -> None:
     assert "no server answers at" in str(caught.value)
     assert "start one with: edgekv serve" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_the_server_does_not_know_is_told_apart_from_none() -> None:
+    with answering(401, b"{}") as (url, _), pytest.raises(NoStatement, match="does not know this API key"):
+        fetch(url, "wrong")
+
+
+def test_in_a_pipe_each_statement_follows_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgekv.cli.status.time.sleep", sleep)
+    with answering(200, STATEMENT) as (url, _):
+        told = CliRunner().invoke(app, ["status", "--url", url, "--watch"])
+    assert told.stdout.count("GeForce RTX 4080  pressure") == 3
+    assert "\x1b" not in told.stdout
+
+
+def test_one_json_document_cannot_be_followed() -> None:
+    assert CliRunner().invoke(app, ["status", "--json", "--watch"]).exit_code == 2
+
+
+def test_on_a_narrow_terminal_nothing_is_cut_off() -> None:
+    assert "…" not in printed(WATCHED, width=60)

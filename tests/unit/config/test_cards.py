@@ -63,8 +63,24 @@ def test_what_is_not_found_is_told_with_what_is_near(said: str, told: str) -> No
 
 
 def test_a_laptops_card_is_not_the_desktops() -> None:
-    card = live_card("NVIDIA GeForce RTX 4090")
+    card = live_card("NVIDIA GeForce RTX 4090", 24 * GIB)
     assert card is not None
     assert card.name == "GeForce RTX 4090"
-    assert live_card("NVIDIA GeForce RTX 4090 Laptop GPU") is None
-    assert live_card("NVIDIA H100 80GB HBM3") is None
+    assert live_card("NVIDIA GeForce RTX 4090 Laptop GPU", 16 * GIB) is None
+    assert live_card("NVIDIA H100 80GB HBM3", 80 * GIB) is None
+
+
+@pytest.mark.parametrize(
+    ("called", "mib", "meant"),
+    [
+        ("NVIDIA GeForce RTX 3080", 10_240, "GeForce RTX 3080"),
+        ("NVIDIA GeForce RTX 3080", 12_288, "GeForce RTX 3080 12GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", 16_380, "GeForce RTX 4060 Ti 16GB"),
+        ("NVIDIA RTX A2000 12GB", 12_282, "RTX A2000 12GB"),
+        ("AMD Radeon RX 9060 XT", 16_304, "Radeon RX 9060 XT 16GB"),
+    ],
+)
+def test_of_cards_that_drivers_call_by_one_name_the_memory_tells_which_it_is(called: str, mib: int, meant: str) -> None:
+    card = live_card(called, mib << 20)
+    assert card is not None
+    assert card.name == meant

@@ -173,7 +173,7 @@ PINNED = "kv: {{prefix_cache: {cache}}}\nmodels: {{m: {{path: model, pinned_prom
 
 
 def test_pinned_prompts_come_from_files_or_texts(file: Path) -> None:
-    (file.parent / "house.txt").write_text("Be brief, naïve one.")
+    (file.parent / "house.txt").write_text("Be brief, naïve one.", encoding="utf-8-sig")  # as Windows' editors do
     prompts = (
         "{name: a, file: house.txt}, {name: b, text: Hello, role: user, ttl: 1h, priority: 3}, "
         "{name: c, raw: true, text: x}"
@@ -198,12 +198,19 @@ def test_pinned_prompts_come_from_files_or_texts(file: Path) -> None:
         ("{name: a, file: none}", "[0].file: {folder}/none: no such file"),
         ("{name: a, file: model}", "[0].file: {folder}/model: not a file"),
         ("{name: a, file: empty}", "[0].file: {folder}/empty: empty"),
+        ("{name: a, file: blank}", "[0].file: {folder}/blank: empty"),
         ("{name: a, file: latin}", "[0].file: {folder}/latin: not UTF-8 text"),
         ("{name: a, file: huge}", "[0].file: {folder}/huge: larger than 1 MiB, which no context holds"),
     ],
 )
 def test_what_is_wrong_with_a_pinned_prompt_is_said_before_anything_loads(file: Path, prompts: str, fault: str) -> None:
-    for name, content in (("full", b"x"), ("empty", b""), ("latin", b"\xff"), ("huge", b"x" * (MIB + 1))):
+    for name, content in (
+        ("full", b"x"),
+        ("empty", b""),
+        ("blank", b"\n "),
+        ("latin", b"\xff"),
+        ("huge", b"x" * (MIB + 1)),
+    ):
         (file.parent / name).write_bytes(content)
     [found] = faults(file, PINNED.format(cache="true", prompts=prompts))
     assert f"error: models.m.pinned_prompts{fault.format(folder=file.parent)}" in found

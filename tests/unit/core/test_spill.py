@@ -114,11 +114,30 @@ def test_a_forgiven_spill_counts_again_only_for_what_comes_on_top() -> None:
 
 def test_pages_swapped_out_before_we_looked_are_no_spill_but_more_of_them_are() -> None:
     detector = SpillDetector(HEADROOM)
-    calm = [detector.observe(reading(at / 2, spilled=500 * MIB, unified=True)).state for at in range(4)]
+    short = HEADROOM.num_bytes + MIB
+    calm = [detector.observe(reading(at / 2, free=short, spilled=500 * MIB, unified=True)).state for at in range(4)]
     assert calm == [State.OK] * 4
-    worse = [detector.observe(reading(2 + at / 2, spilled=540 * MIB, unified=True)).state for at in range(3)]
-    assert worse[-1] is State.SPILLED
+    worse = [detector.observe(reading(2 + at / 2, free=short, spilled=540 * MIB, unified=True)) for at in range(3)]
+    assert worse[-1].state is State.SPILLED
     assert "swap" in detector.condition.reason
+
+
+def test_pages_swapped_out_with_room_for_all_are_not_missed() -> None:
+    detector = SpillDetector(HEADROOM)
+    free = HEADROOM.calm_bytes
+    early = [detector.observe(reading(at / 2, free=free, spilled=at * 50 * MIB, unified=True)) for at in range(9)]
+    assert [condition.state for condition in early] == [State.OK] * 9
+    later = [detector.observe(reading(5 + at / 2, free=free - MIB, spilled=400 * MIB, unified=True)) for at in range(4)]
+    assert [condition.suspected_bytes for condition in later] == [0] * 4, "they are no more than they were"
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_reading_that_says_less_than_nothing_is_spilled_makes_no_spill_of_those_after_it(unified: bool) -> None:
+    detector = SpillDetector(HEADROOM)
+    for tick in range(30):
+        spilled = -GIB if tick in (0, 5) else 0
+        condition = detector.observe(reading(tick / 10, spilled=spilled, unified=unified))
+        assert (condition.state, condition.suspected_bytes) == (State.OK, 0)
 
 
 @pytest.mark.parametrize(("stopped_ms_per_s", "thrashes"), [(45, False), (60, True)])

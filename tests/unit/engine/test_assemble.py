@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_pins_are_told_the_time_with_every_step_and_every_resize() -> None:
     told: list[float] = []
 
     class Pins:
-        def observe(self, now_s: float) -> None:
+        def observe(self, now_s: float, spare_blocks: Callable[[], int]) -> None:
             told.append(now_s)
 
     core.keep(Pins())

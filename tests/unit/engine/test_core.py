@@ -14,7 +14,7 @@ from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import FinishReason, SequenceSpec
 from edgekv.core.step import Resize, StepPlan, StepReport
-from edgekv.engine.core import EngineCore
+from edgekv.engine.core import GUARD_S, EngineCore
 from edgekv.engine.kv_pool import KVPool, PoolShape
 from edgekv.engine.sampler import Sampler
 from edgekv.engine.segments import Segments
@@ -227,6 +227,53 @@ def test_out_of_memory_in_a_pool_lent_to_others_ends_nobody_and_lowers_no_ceilin
     assert len(harness.blocks.segments) == 4
     harness.run()
     assert len(harness.outputs[1]) == 120
+
+
+def test_out_of_memory_in_a_lent_pool_of_nothing_but_pinned_prefixes_ends_nobody_either() -> None:
+    harness = Harness(segments=2)
+    harness.submit(1, (1, 2, 3, 4, 5))
+    harness.run()
+    cache = harness.scheduler.cache
+    cache.pin_prefix("greeting", cache.chain((1, 2, 3, 4), b""))
+    harness.order(shrink_bytes=2 * harness.segment_bytes)
+    assert len(harness.blocks.segments) == 1
+    harness.submit(2)
+    harness.runner.fault = out_of_memory
+    for _ in range(10):
+        harness.step()
+    harness.runner.fault = None
+    harness.run()
+    assert harness.reasons[2] is FinishReason.LENGTH
+
+
+def test_under_a_guard_a_sequence_alone_gives_nothing_up_before_that_has_had_its_chance() -> None:
+    harness = Harness(segments=4)
+    now_s = 100.0
+    harness.core.clock = lambda: now_s
+    harness.order()
+    harness.runner.fault = too_full_for(3, harness.blocks)
+    harness.submit(1)
+    for _ in range(5):
+        harness.step()
+        assert len(harness.blocks.segments) == 4
+    harness.order(hold=True)
+    now_s += 10 * GUARD_S
+    harness.order()
+    harness.step()
+    harness.step()
+    assert len(harness.blocks.segments) == 4, "no time has passed for steps"
+    harness.order(shrink_bytes=harness.segment_bytes)
+    harness.step()
+    assert harness.step().stats.most_blocks == 64, "it was others' need, and ends with it"
+    harness.runner.fault = too_full_for(2, harness.blocks)
+    harness.order(grow_bytes=harness.segment_bytes)
+    for _ in range(3):
+        harness.step()
+    assert harness.blocks.most_blocks == 64
+    now_s += GUARD_S
+    assert harness.step().stats.most_blocks == 48, "nobody took it: the pool is too large for this device"
+    harness.run()
+    assert harness.reasons == {1: FinishReason.LENGTH}
 
 
 def test_an_order_shrinks_below_every_promise_and_the_sequences_only_wait() -> None:

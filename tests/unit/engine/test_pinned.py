@@ -140,6 +140,37 @@ def test_a_prefix_that_is_used_after_its_pin_was_given_up_is_pinned_again() -> N
     harness.cache.check_integrity(())
 
 
+def test_a_prefix_is_not_pinned_again_while_an_admitted_request_counts_on_its_blocks() -> None:
+    harness = Harness(blocks=12)
+    now_s = 0.0
+    harness.core.clock = lambda: now_s
+    harness.load(PinnedPrompt("house", HOUSE, ttl_s=60.0))
+    harness.core.keep(harness.pins)
+    now_s = 60.0
+    harness.core.step()
+    long = SequenceSpec(1, tuple(range(20, 26)), SamplingParams(max_tokens=42, temperature=0.0))  # all 12 blocks
+    short = SequenceSpec(2, (*HOUSE[:8], 30), SamplingParams(max_tokens=1))
+    harness.core.submit(long)
+    harness.core.submit(short)
+    finished = [last for _ in range(60) for last in harness.core.step().finished]
+    assert [(last.sequence_id, last.reason) for last in finished] == [
+        (2, FinishReason.LENGTH), (1, FinishReason.LENGTH),
+    ]  # fmt: skip
+    harness.ask(*HOUSE[:8], 30)
+    harness.cache.check_integrity(())
+
+
+def test_a_prefix_whose_blocks_were_counted_on_is_pinned_again_once_they_are_not() -> None:
+    harness = Harness(blocks=12)
+    harness.load(PinnedPrompt("house", HOUSE, ttl_s=60.0))
+    harness.pins.observe(60.0)
+    harness.ask(*HOUSE[:8], 30)
+    harness.pins.observe(61.0, lambda: 1)
+    assert not harness.state(61.0).is_pinned
+    harness.pins.observe(62.0, lambda: 2)
+    assert harness.state(62.0).is_pinned
+
+
 def test_a_prefix_that_was_used_and_evicted_between_two_looks_is_not_pinned_again() -> None:
     harness = Harness()
     harness.load(PinnedPrompt("house", HOUSE, ttl_s=60.0))

@@ -110,6 +110,18 @@ def test_what_is_pinned_stays_whatever_is_asked() -> None:
     assert len(pool.cache.chain(tuple(range(1, 25)), b"")) == 3
 
 
+def test_nobody_has_to_go_for_the_place_that_pinned_blocks_keep() -> None:
+    pool = Pool()
+    pool.submit(1, 24, 4)
+    for _ in range(4):
+        pool.step()
+    pool.cache.pin_prefix("greeting", pool.cache.chain(tuple(range(1, 25)), b""))
+    pool.submit(100, 6, 2)
+    pool.step()
+    assert pool.shrink(40) == 8
+    assert [sequence.id for sequence in pool.scheduler.running] == [100], "there is a block for it beside those"
+
+
 def test_growing_takes_whole_segments_up_to_what_was_asked() -> None:
     pool = Pool(ceiling_blocks=30)
     assert pool.grow(11) == 8

@@ -202,6 +202,12 @@ def test_names_are_looked_up_once_and_forgotten_with_their_process(card: Simulat
     assert names.of(1200) == "other"
 
 
+def test_a_name_holds_nothing_that_a_terminal_obeys(tmp_path: Path) -> None:
+    (tmp_path / "90").mkdir()
+    (tmp_path / "90/comm").write_bytes(b"\x1b[2Jgame \xff\n")
+    assert Names(tmp_path).of(90) == "?[2Jgame \ufffd"
+
+
 def test_our_number_is_the_one_that_proc_has_for_us(card: SimulatedCard, tmp_path: Path) -> None:
     card.set(own_pid=31)
     assert own_pid(card.proc) == 31

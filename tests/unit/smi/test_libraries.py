@@ -150,15 +150,44 @@ def test_a_lost_card_is_named_in_the_survey(start: Start) -> None:
     card.set(gone=True)
     survey = process.ask("survey(survey_nvidia)")
     assert survey["cards"] == []
-    assert survey["problem"].startswith("NVML: ")
+    assert survey["problem"] == "card 0: NVML: GPU is lost"
+    assert not survey["absent"]
+
+
+def test_a_lost_card_does_not_hide_the_others(start: Start) -> None:
+    _, process = start(nvidia())
+    process.ask(
+        "import pynvml\n"
+        "real = pynvml.nvmlDeviceGetHandleByIndex\n"
+        "pynvml.nvmlDeviceGetCount = lambda: 2\n"
+        "def by_index(index):\n"
+        "    if index == 0:\n"
+        "        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)\n"
+        "    return real(0)\n"
+        "pynvml.nvmlDeviceGetHandleByIndex = by_index\n"
+    )
+    survey = process.ask("survey(survey_nvidia)")
+    assert [(card["index"], card["pci_id"]) for card in survey["cards"]] == [(1, PCI)]
+    assert survey["problem"] == "card 0: NVML: GPU is lost"
     assert not survey["absent"]
 
 
 def test_a_machine_without_nvidias_driver(start: Start) -> None:
     _, process = start(nvidia(), build="none")
+    missing = "NVML is not installed (libnvidia-ml.so.1, part of NVIDIA's driver)"
+    driver = f"(sysfs / 'bus/pci/devices/{PCI}/driver')"
+    for name, told in (("nvidia", ", driven by nvidia"), ("nouveau", ", driven by nouveau"), ("", "")):
+        process.ask(f"{driver}.unlink()")
+        process.ask(f"{driver}.symlink_to('drivers/{name}') if '{name}' else None")
+        survey = process.ask("survey(survey_nvidia)")
+        assert (survey["cards"], survey["absent"]) == ([], False)
+        assert survey["problem"] == f"an NVIDIA card is there ({PCI}{told}), but {missing}"
+    process.ask(f"{driver}.symlink_to('drivers/vfio-pci')")  # a virtual machine has it
     survey = process.ask("survey(survey_nvidia)")
-    assert (survey["cards"], survey["absent"]) == ([], True)
-    assert survey["problem"] == "NVML is not installed (libnvidia-ml.so.1, part of NVIDIA's driver)"
+    assert (survey["problem"], survey["absent"]) == (missing, True)
+    process.ask(f"(sysfs / 'bus/pci/devices/{PCI}').unlink()")
+    survey = process.ask("survey(survey_nvidia)")
+    assert (survey["problem"], survey["absent"]) == (missing, True)
     with pytest.raises(Raised, match="NoLibrary: NVML is not installed"):
         process.ask("open_and_read('nvml')")
 
@@ -171,6 +200,10 @@ def test_a_driver_that_is_not_loaded_is_a_fault_where_a_card_waits_for_it(start:
     survey = process.ask("survey(survey_nvidia)")
     assert not survey["absent"]
     assert survey["problem"] == f"an NVIDIA card is there ({PCI}), but NVIDIA's kernel driver is not loaded"
+    process.ask(f"(sysfs / 'bus/pci/devices/{PCI}/driver').symlink_to('drivers/nouveau')")
+    survey = process.ask("survey(survey_nvidia)")
+    assert f"({PCI}, driven by nouveau), but NVIDIA's kernel driver is not loaded" in survey["problem"]
+    assert not survey["absent"]
 
 
 def test_amdsmi_tells_totals_and_the_files_tell_the_rest(start: Start) -> None:
