@@ -56,6 +56,7 @@ class SimulatedCard:
         self._held = self.kv_bytes  # what the driver still has as ours: given back memory goes after `lag_s`
         self._leaving: list[tuple[float, int]] = []
         self._order: tuple[float, Decision] | None = None
+        self.ordered_at = 0.0
         self._next_poll = 0.0
         self._last: Reading | None = None
         self._reports: list[tuple[float, PoolFacts]] = []
@@ -113,7 +114,8 @@ class SimulatedCard:
         self.decisions.append((self.now, decision))
         if decision.shrink_bytes or decision.grow_bytes:
             assert self._order is None, "a second order while one is under way"
-            self._order = (self.now + self.step_s, decision)
+            self._order = (round(self.now + self.step_s, 6), decision)
+            self.ordered_at = self.now
         self._next_poll = self.now + decision.next_poll_s
 
     def tell(self) -> None:
