@@ -150,6 +150,8 @@ async def test_pinned_blocks_are_no_room_that_is_promised_to_anybody(rig: Rig) -
     rig.engine.stats.set(replace(stats, pool=pool, most_blocks=1000, pinned_blocks=4))
     card = rig.service.card()
     assert (card.pool_tokens, card.most_pool_tokens) == (96, 15_936)
+    with pytest.raises(QueueFull, match="down to 96 of 15,936 tokens"):
+        await rig.service.open([make_draft(max_tokens=100)])
     rig.engine.stats.set(replace(stats, pool=replace(pool, total_blocks=3), most_blocks=1000, pinned_blocks=4))
     assert rig.service.card().pool_tokens == 0
 
