@@ -81,6 +81,21 @@ async def test_the_first_request_does_not_wait_for_the_next_reading_to_be_due(au
         await finish(streams, 50)
 
 
+async def test_sequences_that_wait_for_an_empty_pool_need_not_wait_until_all_is_well(autojump_clock: Clock) -> None:
+    """Between headroom and calm nothing else grows."""
+    card = SimulatedCard()
+    async with Guarded(card).running() as server:
+        streams = await server.service.open([make_draft(300, prompt_tokens=100 + i) for i in range(4)])
+        await trio.sleep(1)
+        headroom, other_leases = server.policy.headroom, card.own_bytes - card.kv_bytes
+        card.others_bytes = card.total_bytes - other_leases - headroom.critical_bytes
+        await trio.sleep(20)
+        assert card.kv_bytes == 0
+        card.others_bytes = card.total_bytes - other_leases - headroom.num_bytes - headroom.width_bytes // 2
+        await finish(streams, 300)
+        assert all(event.detail.split(":")[0] != "ok" for event in server.told("state"))
+
+
 async def test_requests_that_come_and_go_quickly_do_not_make_it_read_without_pause(autojump_clock: Clock) -> None:
     async with Guarded(SimulatedCard(others_bytes=8 * GIB)).running() as server:
         await trio.sleep(5)

@@ -340,6 +340,18 @@ def test_an_idle_engine_reports_every_resize_also_one_that_came_to_nothing() -> 
     assert (memory.facts.num_resizes, memory.facts.taken_bytes) == (3, harness.segment_bytes)
 
 
+def test_a_resize_is_reported_before_the_next_step_however_long_that_takes() -> None:
+    harness = Harness(segments=3)
+    harness.submit(1)
+    harness.step()
+    harness.order(shrink_bytes=1)
+    report = harness.step()
+    memory = report.stats.memory
+    assert memory is not None
+    assert (memory.facts.num_resizes, report.stats.steps, report.tokens) == (1, 1, ())
+    assert harness.step().stats.steps == 2
+
+
 def test_a_pool_of_fixed_size_obeys_what_it_can() -> None:
     harness = Harness()
     harness.order(shrink_bytes=1, hold=True)

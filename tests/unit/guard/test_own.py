@@ -1,9 +1,10 @@
 import mmap
 import os
 
+import pytest
 import torch
 
-from bench.guard.own import OwnMeter, mapped_bytes
+from bench.guard.own import LEAST_BYTES, OwnMeter, mapped_bytes
 from edgekv.engine.segment_memory import SegmentMemory
 
 MIB = 1 << 20
@@ -12,10 +13,11 @@ MIB = 1 << 20
 def test_a_mapping_that_nobody_has_touched_counts_and_is_gone_when_it_is() -> None:
     meter = OwnMeter(os.getpid(), 7 * MIB)
     assert meter.read() == 7 * MIB
-    held = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    assert meter.read() == 71 * MIB
+    held = mmap.mmap(-1, 640 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # The kernel joins it with a small neighbour, which counts with it as long as it is there.
+    assert meter.read() == pytest.approx(647 * MIB, abs=LEAST_BYTES)
     held.close()
-    assert meter.read() == 7 * MIB
+    assert meter.read() == pytest.approx(7 * MIB, abs=LEAST_BYTES)
 
 
 def test_files_stacks_and_reserved_addresses_are_not_counted() -> None:
@@ -37,11 +39,11 @@ def test_the_segments_of_a_pool_are_counted_as_they_come_and_go() -> None:
 
     meter = OwnMeter(os.getpid(), 0)
     held = [segment(), segment(), segment()]
-    assert meter.read() == 120 * MIB
+    assert meter.read() == pytest.approx(120 * MIB, abs=LEAST_BYTES)
     held.pop(1).free()  # the one between the others
-    assert meter.read() == 80 * MIB
+    assert meter.read() == pytest.approx(80 * MIB, abs=LEAST_BYTES)
     held.append(segment())
-    assert meter.read() == 120 * MIB
+    assert meter.read() == pytest.approx(120 * MIB, abs=LEAST_BYTES)
     for each in held:
         each.free()
-    assert meter.read() == 0
+    assert meter.read() < LEAST_BYTES
