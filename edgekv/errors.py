@@ -16,16 +16,14 @@ class ConfigError(EdgeKVError):
 
 
 class ModelError(EdgeKVError):
-    """A model folder cannot be used: names the file and, where there is one, the tensor or field."""
+    """A model cannot be used: names the file and, where there is one, the tensor or field."""
 
 
 class OverBudget(EdgeKVError):
     """A lease was asked for that the budget does not hold."""
 
     def __init__(self, name: str, asked_bytes: int, free_bytes: int, budget_bytes: int) -> None:
-        super().__init__(
-            f"{name}: {asked_bytes:,} bytes asked, {free_bytes:,} free of a budget of {budget_bytes:,}"
-        )
+        super().__init__(f"{name}: {asked_bytes:,} bytes asked, {free_bytes:,} free of a budget of {budget_bytes:,}")
         self.name, self.asked_bytes, self.free_bytes, self.budget_bytes = name, asked_bytes, free_bytes, budget_bytes
 
 

@@ -1,4 +1,4 @@
-"""`edgekv bench`: measure a running server. Runs in: the main thread; owns: nothing."""
+"""`edgekv bench`: how fast a server is, the engine alone, its kernels. Runs in: the main thread; owns: nothing."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from edgekv.cli.bench_engine import bench_engine
+from edgekv.cli.bench_kernels import bench_kernels
 from edgekv.cli.console import bearer, print_json, stderr, stdout, table
 from edgekv.errors import EdgeKVError
 
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-bench = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+bench = typer.Typer(help="Measure a running server, the engine by itself, or its kernels.", no_args_is_help=True)
+bench.command("engine")(bench_engine)
+bench.command("kernels")(bench_kernels)
 
 
 class NoServer(EdgeKVError):
@@ -24,7 +28,7 @@ class NoServer(EdgeKVError):
 
 @bench.callback()
 def benches() -> None:
-    """Measure a running server."""
+    """Measure a running server, the engine by itself, or its kernels."""
 
 
 @bench.command("serve")
@@ -44,6 +48,9 @@ def bench_serve(
     temperature: float = typer.Option(0.0, min=0.0, help="0: greedy."),
     unique_system: bool = typer.Option(False, help="Share no system prompt (for comparison)."),
     warmup: int = typer.Option(1, min=0, help="Chats sent first and not counted."),
+    tokens_per_word: float | None = typer.Option(
+        None, min=0.1, help="So that several servers get the same prompts; by default their own tokenizers say."
+    ),
     extra: str = typer.Option("{}", help="JSON that is added to each request."),
     shared_prefix: int | None = typer.Option(
         None, min=1, help="Instead: time to first token with a prefix of so many tokens, cold against warm."
@@ -66,7 +73,7 @@ def bench_serve(
         requests, rate, concurrency, seed, system_tokens, tail, max_tokens, temperature, unique_system, warmup,
         added,
     )  # fmt: skip
-    reach = _Reach(url, model, api_key, timeout)
+    reach = _Reach(url, model, api_key, timeout, tokens_per_word)
     result: dict[str, Any]
     if shared_prefix is not None:
         pairs, served = reach.run(lambda target: measure_prefix(target, shared_prefix, load, rounds))
@@ -120,8 +127,11 @@ def compare(pairs: "list[tuple[Answer, Answer]]") -> dict[str, Any]:
 class _Reach:
     """How to reach the server."""
 
-    def __init__(self, url: str, model: str | None, api_key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, model: str | None, api_key: str | None, timeout_s: float, tokens_per_word: float | None
+    ) -> None:
         self._url, self._model, self._api_key, self._timeout_s = url.rstrip("/") + "/", model, api_key, timeout_s
+        self._tokens_per_word = tokens_per_word
 
     def run(self, measure: "Callable[[Target], Awaitable[T]]") -> tuple[T, str]:
         """Measure over one client; also the name of the model that was measured."""
@@ -141,7 +151,7 @@ class _Reach:
                 trust_env=False,
             ) as client:
                 try:
-                    target = await Target.find(client, self._model)
+                    target = await Target.find(client, self._model, self._tokens_per_word)
                 except (httpx2.HTTPError, ValueError, KeyError, IndexError) as error:
                     raise NoServer(f"{self._url}models does not answer as it should: {error}") from None
                 return await measure(target), target.model

@@ -30,7 +30,9 @@ class ChatFailed(EdgeKVError):
 
 
 def chat(
-    model: str | None = typer.Argument(None, help="A model folder to serve and talk to; else the running server."),
+    model: str | None = typer.Argument(
+        None, help="A model to serve and talk to, a folder or a .gguf file; else the running server."
+    ),
     url: str | None = typer.Option(None, help=f"The server's OpenAI endpoint; by default {DEFAULT_URL}."),
     api_key: str | None = typer.Option(None, envvar="OPENAI_API_KEY", help="Sent as a bearer token."),
     name: str | None = typer.Option(None, "--name", help="Which of the server's models; by default its first."),

@@ -28,7 +28,7 @@ def doctor(
     record: Path | None = typer.Option(None, help="Instead, write a recording of the card's memory to this file."),
     seconds: float = typer.Option(60.0, help="How long to record."),
 ) -> None:
-    """Look at Python, torch, processor, memory, cards, port and demo model; say how to fix what is wrong."""
+    """Look at Python, torch, processor, memory, kernels, cards, port and demo model; say how to fix what is wrong."""
     if record is not None:
         from edgekv.cli.record import record as write_recording
 
@@ -52,6 +52,7 @@ def examine() -> Iterator[Finding]:
     yield _python()
     yield _torch(build)
     yield from _host()
+    yield _kernels()
     for survey in (survey_nvidia(), survey_amd()):
         yield from card_findings(survey, build)
     yield _port("127.0.0.1", PORT)
@@ -90,6 +91,22 @@ def _host() -> Iterator[Finding]:
         limit = f"this control group may have {format_size(memory.total_bytes)} of {format_size(machine)}"
         yield Finding("ok", "memory limit", f"{limit}: it counts as all there is")
     yield _swap(*_swap_bytes())
+
+
+def _kernels() -> Finding:
+    from edgekv.kernels.cpu.build import build_seconds
+    from edgekv.kernels.cpu.library import KernelsUnavailable, available, is_ready, load_library
+    from edgekv.kernels.cpu.threads import default_threads
+
+    if available() and not is_ready():  # looking at things should not take that long
+        return Finding("ok", "cpu kernels", f"compiled when first needed, about {build_seconds():.0f} s")
+    try:
+        library = load_library()
+    except KernelsUnavailable as error:
+        lost = f"none: {error.reason}; models on the processor run several times slower, through torch"
+        return Finding("warn", "cpu kernels", lost, error.remedy)
+    threads = default_threads()
+    return Finding("ok", "cpu kernels", f"{library.tiers[0]}, {threads} thread{'s' if threads != 1 else ''}")
 
 
 def _swap_bytes() -> tuple[int, int]:

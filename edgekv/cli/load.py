@@ -68,13 +68,18 @@ class Target:
         self._client, self.model, self._tokens_per_word = client, model, tokens_per_word
 
     @classmethod
-    async def find(cls, client: httpx2.AsyncClient, model: str | None) -> "Target":
-        """Ask for the model (the first listed, unless named) and how many tokens its words make."""
+    async def find(
+        cls, client: httpx2.AsyncClient, model: str | None, tokens_per_word: float | None = None
+    ) -> "Target":
+        """Ask for the model (the first listed, unless named) and how many tokens its words make, unless that is known.
+
+        Only servers that are given the same `tokens_per_word` get the same prompts from the same seed.
+        """
         if model is None:
             listed = await client.get("models")
             listed.raise_for_status()
             model = str(listed.json()["data"][0]["id"])
-        return cls(client, model, await _measure_words(client, model))
+        return cls(client, model, tokens_per_word or await _measure_words(client, model))
 
     def text(self, rng: random.Random, num_tokens: int) -> str:
         """About `num_tokens` tokens of words."""

@@ -1,22 +1,43 @@
 """What a model is called on the command line. Runs in: anywhere; owns: nothing."""
 
+import re
 from pathlib import Path
 
+from edgekv.config.model_path import LAYOUTS, gguf_at
 from edgekv.demo import target_path
 from edgekv.errors import ModelError
 
 DEMO = "demo"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def resolve_model(name: str) -> Path:
-    """The folder that `name` stands for: "demo", or a path (./demo for one of that name). Raises ModelError."""
+    """The folder or GGUF file that `name` stands for: "demo", or a path (./demo for one of that name).
+
+    Raises ModelError.
+    """
     if name == DEMO:
         if not target_path().is_dir():
             raise ModelError("the demo model is not in this installation; make it with: make demo-model")
         return target_path()
-    folder = Path(name).expanduser()
-    if folder.name == "config.json":
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ModelError(f"{name}: no such folder; give a model folder in Hugging Face's layout, or 'demo'")
-    return folder
+    path = Path(name).expanduser()
+    if path.name == "config.json":
+        path = path.parent
+    if path.suffix in _WEIGHTS and path.is_file():
+        raise ModelError(f"{name}: is a part of a model; give the folder it lies in, {path.absolute().parent}")
+    file = gguf_at(path)
+    if not (file or path).exists():
+        what = "file" if file else "folder"
+        raise ModelError(f"{name}: no such {what}; give {LAYOUTS}, or 'demo'")
+    return file or path
+
+
+def is_model_path(path: Path) -> bool:
+    """Whether a path that may be one of a configuration file is rather that of a model."""
+    return path.suffix == ".gguf" or path.is_dir()
+
+
+def model_name(path: Path) -> str:
+    """What a model is called that no configuration names."""
+    path = path.absolute()
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.is_file() else path.name

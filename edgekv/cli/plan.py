@@ -14,8 +14,11 @@ from edgekv.config.units import parse_size, parse_size_or_share
 if TYPE_CHECKING:
     from edgekv.config.settings import Config, PinnedPrompt
     from edgekv.core.capacity import Draft, DtypeName, MemoryPlan
+    from edgekv.core.kv_format import KVDtypeName
     from edgekv.engine.settings import EngineSettings
+    from edgekv.model.matrix_layout import WeightsName
     from edgekv.model.spec import ModelSpec
+    from edgekv.model.weight_table import WeightTable
     from edgekv.smi.device import Place
 
 
@@ -23,10 +26,12 @@ if TYPE_CHECKING:
 class Asked:
     """What is to be planned. `card`: the table's entry for the device; `is_here`: whether this machine has it.
 
-    `pinned`: how many tokens each pinned prompt has, by name; `pinned_blocks` are pinned for all of them.
+    `table`: what the model's files hold. `pinned`: how many tokens each pinned prompt has, by name; `pinned_blocks` are
+    pinned for all of them.
     """
 
     settings: "EngineSettings"
+    table: "WeightTable"
     card: KnownCard | None
     is_here: bool
     pinned: dict[str, int]
@@ -35,25 +40,27 @@ class Asked:
 
 def plan(
     model: str = typer.Argument(
-        ..., help="A model folder (config.json is enough), 'demo', or a configuration file that names one."
+        ..., help="A model folder (config.json is enough), a .gguf file, 'demo', or a configuration file with one."
     ),
     context: int | None = typer.Option(None, min=1, help="Tokens of one request, prompt and answer together."),
     dtype: str = typer.Option("auto", help="What the weights are computed in: auto, float32, bfloat16, float16."),
-    kv_dtype: str = typer.Option("auto", help="What keys and values are kept in; auto is the weights' dtype."),
+    weights: str = typer.Option("auto", help="Quantise them as they are loaded: int8 or int4; auto leaves them."),
+    kv_dtype: str = typer.Option("auto", help="What keys and values are kept in: a dtype, or int8; auto is --dtype's."),
     kv_budget: str | None = typer.Option(None, help="Memory for the KV pool, as 4GiB or 40%; by default chosen."),
     card: str | None = typer.Option(None, help="Plan for a card that is not here, as 'RX 7900 XTX' or 4090."),
     vram: str | None = typer.Option(None, help="Plan for a card with this much memory, as 16GiB."),
     others: str | None = typer.Option(None, help="What other programs hold of that card, as 1GiB; by default nothing."),
     device: str = typer.Option("auto", help="auto or cpu."),
-    draft: str | None = typer.Option(None, help="A draft model to keep room for: a folder, or 'demo' for its draft."),
+    draft: str | None = typer.Option(None, help="A draft model to keep room for: its path, or 'demo' for its draft."),
     draft_kv: str | None = typer.Option(None, help="Memory for the draft's KV pool, as 1GiB; by default chosen."),
     max_num_seqs: int | None = typer.Option(None, min=1, help="Sequences in one step; by default 16."),
     as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
 ) -> None:
     """Say how many tokens of KV cache a model leaves room for, and where every byte goes."""
     from edgekv.cli.plan_view import plan_json, print_plan
-    from edgekv.engine.settings import plan_engine
+    from edgekv.engine.settings import plan_engine, runs_natively
     from edgekv.model.hf_config import read_spec
+    from edgekv.model.weight_table import read_weight_table
 
     if device not in ("auto", "cpu"):
         raise typer.BadParameter("--device is auto or cpu")
@@ -65,8 +72,9 @@ def plan(
     budget = _budget(kv_budget)
     settings = replace(
         settings,
-        dtype=_dtype("--dtype", dtype) or settings.dtype,
-        kv_dtype=_dtype("--kv-dtype", kv_dtype) or settings.kv_dtype,
+        dtype=_dtype(dtype) or settings.dtype,
+        weight_format=_weights(weights) or settings.weight_format,
+        kv_dtype=_kv_dtype(kv_dtype) or settings.kv_dtype,
         kv_budget=settings.kv_budget if budget is None else budget,
         context_tokens=context or settings.context_tokens,
         max_sequences=max_num_seqs or settings.max_sequences,
@@ -74,10 +82,13 @@ def plan(
     if draft is not None:
         settings = replace(settings, draft=_draft(draft, draft_kv, settings.place))
     spec = read_spec(settings.folder)
-    choice, result = plan_engine(settings, spec)
+    settings = replace(settings, native=runs_natively(settings, spec))
+    table = read_weight_table(settings.folder, spec)
+    choice, result = plan_engine(settings, spec, table)
     tokens, blocks = _pinned(settings, spec, result, pinned)
     place = settings.place
-    asked = Asked(settings, known or live_card(place.title, place.total_bytes), elsewhere is None, tokens, blocks)
+    card_here = known or live_card(place.title, place.total_bytes)
+    asked = Asked(settings, table, card_here, elsewhere is None, tokens, blocks)
     if as_json:
         print_json(plan_json(asked, spec, result))
     else:
@@ -89,7 +100,7 @@ def plan(
 def _settings(
     model: str, elsewhere: "Place | None", known: KnownCard | None, device: str
 ) -> tuple["EngineSettings", tuple["PinnedPrompt", ...]]:
-    """What the configuration file says, with its pinned prompts, or the defaults for a model folder."""
+    """What the configuration file says, with its pinned prompts, or the defaults for a model."""
     from edgekv.cli.models import resolve_model
     from edgekv.cli.serve import served_model
     from edgekv.config.load import load_config
@@ -176,21 +187,43 @@ def _draft(name: str, kv: str | None, place: "Place") -> "Draft":
     from edgekv.core.capacity import Draft, choose_dtype
     from edgekv.demo import draft_path
     from edgekv.model.hf_config import read_spec
+    from edgekv.model.weight_plan import plain_bytes
+    from edgekv.model.weight_table import read_weight_table
 
-    spec = read_spec(draft_path() if name == DEMO else resolve_model(name))
-    dtype = choose_dtype(spec.dtype, spec.num_parameters, place.kind).name
-    return Draft(spec, dtype, None if kv is None else _size(kv))
+    path = draft_path() if name == DEMO else resolve_model(name)
+    spec = read_spec(path)
+    quantised = read_weight_table(path, spec).is_quantised
+    dtype = choose_dtype(spec.dtype, spec.num_parameters, place.kind, quantised=quantised).name
+    return Draft(spec, dtype, None if kv is None else _size(kv), plain_bytes(spec, dtype))
 
 
-def _dtype(option: str, name: str) -> "DtypeName | None":
+def _dtype(name: str) -> "DtypeName | None":
     match name:
         case "auto":
             return None
         case "float32" | "bfloat16" | "float16":
             return name
-        case "fp8" | "int8" | "int4" if option == "--kv-dtype":
-            raise typer.BadParameter(f"{option} {name} is not available yet; the plan shows what it would bring")
-    raise typer.BadParameter(f"{option} {name!r} is not one of auto, float32, bfloat16, float16")
+    raise typer.BadParameter(f"--dtype {name!r} is not one of auto, float32, bfloat16, float16")
+
+
+def _weights(name: str) -> "WeightsName | None":
+    match name:
+        case "auto":
+            return None
+        case "int8" | "int4":
+            return name
+    raise typer.BadParameter(f"--weights {name!r} is not one of auto, int8, int4")
+
+
+def _kv_dtype(name: str) -> "KVDtypeName | None":
+    match name:
+        case "auto":
+            return None
+        case "float32" | "bfloat16" | "float16" | "int8":
+            return name
+        case "fp8" | "int4":
+            raise typer.BadParameter(f"--kv-dtype {name} is not available yet; the plan shows what it would bring")
+    raise typer.BadParameter(f"--kv-dtype {name!r} is not one of auto, float32, bfloat16, float16, int8")
 
 
 def _size(text: str) -> int:

@@ -13,7 +13,7 @@ from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.cli.remedies import kv_formats, remedies
 from edgekv.config.units import format_size
 from edgekv.core.capacity import DTYPE_BYTES, MemoryPlan, beyond_window_bytes, decode_read_bytes
-from edgekv.core.kv_format import KV_FORMATS
+from edgekv.core.kv_format import KV_FORMATS, SCALE_BYTES
 
 if TYPE_CHECKING:
     from edgekv.cli.plan import Asked
@@ -34,10 +34,7 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
     console.print(owner_bar(shares, min(console.width, WIDEST_BAR)))
     console.print(owner_table(shares, result.total_bytes), soft_wrap=False)
     console.print()
-    formula = (
-        f"2 × {spec.num_layers} layers × {spec.num_kv_heads} KV heads × {spec.head_dim} × "
-        f"{DTYPE_BYTES[result.kv_dtype]} bytes"
-    )
+    formula = f"2 × {spec.num_layers} layers × {spec.num_kv_heads} KV heads × {_head(spec, result)} bytes"
     console.print(f"one token: {kv.bytes_per_token:,} bytes ({format_size(kv.bytes_per_token)}) = {formula}")
     for line in kv.capacity_lines(result.context_tokens):
         console.print(line)
@@ -52,9 +49,9 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
         console.print(note, soft_wrap=True)
     if kv.num_blocks:
         console.print()
-        _print_formats(spec, result)
+        _print_formats(asked, spec, result)
         _print_speed(asked, spec, result)
-    found = remedies(asked.settings, spec, result)
+    found = remedies(asked.settings, spec, result, asked.table)
     if not result.fits:
         console.print()
         console.print(f"[bold yellow]does not fit:[/] {_shortfall(result)}", soft_wrap=True)
@@ -70,7 +67,7 @@ def plan_shares(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> list[O
     usual = settings.place.reserve_bytes is None
     how = {
         "runtime": "interpreter and torch" if settings.place.kind == "cpu" else "driver's context, an estimate",
-        "weights": f"{spec.num_parameters:,} × {DTYPE_BYTES[result.dtype]} bytes",
+        "weights": _kinds(spec, result),
         "workspace": "scratch of one step, at most",
         "graphs": "captured decode steps, an estimate",
         "weights.draft": "" if draft is None else f"the draft, in {draft.dtype}",
@@ -111,11 +108,10 @@ def fastest_decode(asked: "Asked", spec: "ModelSpec", result: MemoryPlan, contex
         return None
     read = decode_read_bytes(
         spec,
-        dtype=result.dtype,
+        weights=result.weights,
         kv_format=result.kv_dtype,
         block_size=result.kv.block_size,
         context_tokens=context_tokens,
-        tied=spec.tie_word_embeddings,
     )
     return asked.card.bandwidth / read
 
@@ -131,12 +127,14 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
         "beyond_window_bytes": _beyond_window(spec, result),
     }  # fmt: skip
     if result.draft is not None:
+        document["draft"]["weight_bytes"] = result.draft.weight_bytes
         document["draft"]["kv"] |= {
             "pool_tokens": result.draft.kv.pool_tokens, "pool_bytes": result.draft.kv.pool_bytes
         }  # fmt: skip
     return {
         "architecture": spec.architecture, "num_parameters": spec.num_parameters, "device": place.kind,
-        "title": place.title, **document, "budget_bytes": result.budget_bytes, "leases": result.leases,
+        "title": place.title, **document, "weight_bytes": result.weight_bytes,
+        "budget_bytes": result.budget_bytes, "leases": result.leases,
         "withheld_bytes": result.withheld_bytes, "free_bytes": result.free_bytes,
         "missing_bytes": result.missing_bytes, "fits": result.fits,
         "kv_formats": [
@@ -144,7 +142,7 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
                 "name": name, "bytes_per_token": each, "pool_tokens": tokens, "served": served,
                 "block_bytes": KV_FORMATS[name].block_bytes(spec, kv.block_size),
             }
-            for name, each, tokens, served in kv_formats(result, spec)
+            for name, each, tokens, served in kv_formats(asked.settings, result, spec)
         ],
         "pinned": {
             "tokens": asked.pinned,
@@ -155,15 +153,16 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
             "start_of_context": fastest_decode(asked, spec, result, 0),
             "end_of_context": fastest_decode(asked, spec, result, result.context_tokens),
         },
-        "remedies": [asdict(remedy) for remedy in remedies(asked.settings, spec, result)],
+        "remedies": [asdict(remedy) for remedy in remedies(asked.settings, spec, result, asked.table)],
     }  # fmt: skip
 
 
-def _print_formats(spec: "ModelSpec", result: MemoryPlan) -> None:
+def _print_formats(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> None:
     rows = table("KV format", "a token", "tokens", f"of {result.context_tokens:,}", "")
     rows.columns[4].justify = "left"
-    for name, each, tokens, served in kv_formats(result, spec):
-        note = "← this plan" if name == result.kv_dtype else "" if served else "not available yet"
+    for name, each, tokens, served in kv_formats(asked.settings, result, spec):
+        lacking = "not available yet" if KV_FORMATS[name].served == "none" else "with the native CPU kernels"
+        note = "← this plan" if name == result.kv_dtype else "" if served else lacking
         style = "bold" if name == result.kv_dtype else None if served else "dim"
         rows.add_row(
             name, format_size(each), f"{tokens:,}", f"{tokens / result.context_tokens:.2f}x", note, style=style
@@ -183,6 +182,27 @@ def _print_speed(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> None:
         "not a measurement",
         soft_wrap=True,
     )
+
+
+def _head(spec: "ModelSpec", result: MemoryPlan) -> str:
+    """What a head takes of a token."""
+    kept = KV_FORMATS[result.kv_dtype]
+    scale = f" + {SCALE_BYTES} of a scale" if kept.scales == "token" else ""
+    return f"({spec.head_dim}{scale})" if scale else f"{spec.head_dim} × {kept.bits // 8}"
+
+
+def _kinds(spec: "ModelSpec", result: MemoryPlan) -> str:
+    """What the weights are kept in, without norms and the like."""
+    kinds = result.weights.kinds
+    if set(kinds) == {result.dtype}:
+        return f"{spec.num_parameters:,} × {DTYPE_BYTES[result.dtype]} bytes"
+    large = {name: num_bytes for name, num_bytes in kinds.items() if 100 * num_bytes >= result.weight_bytes}
+    return ", ".join(f"{_kind(name)} {format_size(num_bytes)}" for name, num_bytes in large.items())
+
+
+def _kind(encoding: str) -> str:
+    """As people call it."""
+    return encoding.replace("affine4_", "int4/")
 
 
 def _of_card(asked: "Asked") -> str:

@@ -11,12 +11,15 @@ from edgekv.config.units import MIB, format_size
 from edgekv.core.capacity import MemoryPlan
 from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, plan_kv
 from edgekv.engine.settings import EngineSettings, plan_engine
+from edgekv.model.matrix_layout import WeightForm, WeightsName
+from edgekv.model.weight_plan import native_bytes
+from edgekv.model.weight_table import WeightTable
 
 if TYPE_CHECKING:
     from edgekv.model.spec import ModelSpec
 
 SHORTEST_CONTEXT = 256
-QUANTISED_BITS = {"8-bit": 8.5, "4-bit": 4.5}  # of a weight, with a float16 scale for each 32
+QUANTISED: tuple[WeightsName, ...] = ("int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,100 +35,150 @@ class Remedy:
         return f"{self.options}: {self.brings}" if self.options else self.brings
 
 
-def remedies(settings: EngineSettings, spec: "ModelSpec", result: MemoryPlan) -> list[Remedy]:
+def remedies(settings: EngineSettings, spec: "ModelSpec", result: MemoryPlan, table: WeightTable) -> list[Remedy]:
     """What helps, in the order of what costs least; nothing where the model fits."""
-    return [] if result.fits else list(_each(settings, spec, result))
+    return [] if result.fits else list(_Search(settings, spec, result, table).each())
 
 
-def _each(settings: EngineSettings, spec: "ModelSpec", result: MemoryPlan) -> Iterator[Remedy]:
-    yield from _other_settings(settings, spec, result)
-    longest = longest_context(settings, spec)
-    if longest is not None:
-        yield Remedy(f"--context {longest}", "the longest that fits as it is", True)
-    if result.others_bytes:
-        alone = replace(settings, place=replace(settings.place, free_bytes=result.total_bytes))
-        if plan_engine(alone, spec)[1].fits:
-            yield Remedy("", f"closing other programs, which hold {format_size(result.others_bytes)}, would do", True)
-    yield from _planned(result, spec)
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A plan that does not fit, and what it was made from."""
 
+    settings: EngineSettings
+    spec: "ModelSpec"
+    result: MemoryPlan
+    table: WeightTable
 
-def _other_settings(settings: EngineSettings, spec: "ModelSpec", result: MemoryPlan) -> Iterator[Remedy]:
-    if settings.draft is not None and result.draft is not None:
-        less = format_size(result.draft.num_bytes)
-        yield _tried("without --draft", f"{less} less", replace(settings, draft=None), spec)
-    if result.kv_dtype == "float32":
-        changed = replace(settings, kv_dtype="bfloat16")
-        yield _tried("--kv-dtype bfloat16", "half the memory for each token", changed, spec)
-    if result.dtype == "float32":
-        less = format_size(result.weight_bytes - 2 * spec.num_parameters)
-        yield _tried("--dtype bfloat16", f"{less} less for the weights", replace(settings, dtype="bfloat16"), spec)
-    if settings.kv_budget is not None and not result.missing_bytes:
-        need = context_need_bytes(
-            spec, kv_format=result.kv_dtype, block_size=result.kv.block_size, context_tokens=result.context_tokens
-        )
+    def each(self) -> Iterator[Remedy]:
+        yield from self._other_settings()
+        longest = self._longest_context(self.settings)
+        if longest is not None:
+            yield Remedy(f"--context {longest}", "the longest that fits as it is", True)
+        if self.result.others_bytes:
+            alone = replace(self.settings, place=replace(self.settings.place, free_bytes=self.result.total_bytes))
+            if self._plan(alone).fits:
+                held = format_size(self.result.others_bytes)
+                yield Remedy("", f"closing other programs, which hold {held}, would do", True)
+        yield from self._not_here()
+        yield from self._smaller_model()
+
+    def _plan(self, settings: EngineSettings) -> MemoryPlan:
+        return plan_engine(settings, self.spec, self.table)[1]
+
+    def _other_settings(self) -> Iterator[Remedy]:
+        settings, result = self.settings, self.result
+        if settings.draft is not None and result.draft is not None:
+            less = format_size(result.draft.num_bytes)
+            yield self._tried("without --draft", f"{less} less", replace(settings, draft=None))
+        if result.kv_dtype == "float32":
+            changed = replace(settings, kv_dtype="bfloat16")
+            yield self._tried("--kv-dtype bfloat16", "half the memory for each token", changed)
+        if settings.native and result.kv_dtype != "int8":
+            yield self._tried("--kv-dtype int8", "8 bits for each number", replace(settings, kv_dtype="int8"))
+        if result.dtype == "float32":
+            changed = replace(settings, dtype="bfloat16")
+            yield self._tried("--dtype bfloat16", self._less(changed), changed)
+        if settings.native and settings.weight_format == "auto" and not self.table.is_quantised:
+            for name in QUANTISED:
+                changed = replace(settings, weight_format=name)
+                yield self._tried(f"--weights {name}", self._less(changed), changed)
+        yield from self._other_budget()
+
+    def _less(self, settings: EngineSettings) -> str:
+        return f"{format_size(self.result.weight_bytes - self._plan(settings).weight_bytes)} less for the weights"
+
+    def _other_budget(self) -> Iterator[Remedy]:
+        settings, result = self.settings, self.result
+        if settings.kv_budget is None or result.missing_bytes:
+            return
+        need = self._context_need()
         room = result.kv.pool_bytes + result.free_bytes
         budget, brings = -(-need // MIB), "one request of the whole context"
         if result.free_bytes < 0:
             budget, brings = room // MIB, "all that there is room for"
         if need <= room:
-            yield _tried(f"--kv-budget {budget}MiB", brings, replace(settings, kv_budget=budget * MIB), spec)
+            yield self._tried(f"--kv-budget {budget}MiB", brings, replace(settings, kv_budget=budget * MIB))
+
+    def _tried(self, options: str, brings: str, settings: EngineSettings) -> Remedy:
+        made = self._plan(settings)
+        if made.missing_bytes:
+            return Remedy(options, f"{brings}; {format_size(made.missing_bytes)} would still be missing", False)
+        if made.free_bytes < 0:
+            over = format_size(-made.free_bytes)
+            return Remedy(options, f"{brings}; the KV budget would still be {over} too much", False)
+        brings += f"; the pool would hold {made.kv.pool_tokens:,} tokens"
+        if made.fits:
+            return Remedy(options, f"{brings}: it fits then", True)
+        longest = self._longest_context(settings)
+        return Remedy(options, brings + (f": it fits with --context {longest} then" if longest else ""), False)
+
+    def _longest_context(self, settings: EngineSettings) -> int | None:
+        """In whole blocks, the longest of which one request fits; None where that is too short to be of use."""
+        size = settings.block_size
+        low, high = SHORTEST_CONTEXT // size, (settings.context_tokens or self.spec.max_position_embeddings) // size
+        found = None
+        while low <= high:
+            middle = (low + high) // 2
+            if self._plan(replace(settings, context_tokens=middle * size)).fits:
+                found, low = middle * size, middle + 1
+            else:
+                high = middle - 1
+        return found
+
+    def _not_here(self) -> Iterator[Remedy]:
+        """What only the native CPU kernels can do."""
+        result, kv = self.result, self.result.kv
+        if self.settings.native:
+            return
+        lacking = "on a card not available yet" if self.settings.place.kind == "card" else "with the native CPU kernels"
+        if kv.num_blocks and not result.missing_bytes and result.free_bytes >= 0:
+            plan = plan_kv(self.spec, kv_format="int8", block_size=kv.block_size, budget_bytes=kv.pool_bytes)
+            brings = f"int8 KV ({lacking}) would hold {plan.pool_tokens:,} tokens in the same memory"
+            yield Remedy("", brings, plan.pool_tokens >= result.context_tokens, is_here=False)
+        for name, brought in self._packed_weights():
+            tokens = max(0, self._room() - brought) // kv.block_bytes * kv.block_size
+            if brought < result.weight_bytes and tokens:
+                brings = f"{name} ({lacking}) would take {format_size(brought)} and leave {tokens:,} tokens"
+                yield Remedy("", brings, tokens >= result.context_tokens, is_here=False)
+
+    def _packed_weights(self) -> Iterator[tuple[str, int]]:
+        if self.table.is_quantised:
+            yield "the weights as they are in the file", self._packed_bytes("auto")
+            return
+        for name in QUANTISED:
+            yield f"{name} weights", self._packed_bytes(name)
+
+    def _packed_bytes(self, weights: WeightsName) -> int:
+        return native_bytes(self.table, self.spec, WeightForm(None, weights)).total
+
+    def _smaller_model(self) -> Iterator[Remedy]:
+        result = self.result
+        room = self._room() - self._context_need()
+        if room > 0 and result.weight_bytes > room:
+            most = room / (result.weight_bytes / self.spec.num_parameters) / 1e9
+            kept = f"in {result.dtype}" if len(result.weights.kinds) == 1 else "kept as this one's are"
+            yield Remedy("", f"a model of at most {most:.1f} B parameters {kept} leaves room for this context", True)
+
+    def _room(self) -> int:
+        """What weights and KV pool may have together."""
+        return self.result.budget_bytes - (self.result.fixed_bytes - self.result.weight_bytes)
+
+    def _context_need(self) -> int:
+        kv = self.result.kv
+        return context_need_bytes(
+            self.spec,
+            kv_format=self.result.kv_dtype,
+            block_size=kv.block_size,
+            context_tokens=self.result.context_tokens,
+        )
 
 
-def _tried(options: str, brings: str, settings: EngineSettings, spec: "ModelSpec") -> Remedy:
-    made = plan_engine(settings, spec)[1]
-    if made.missing_bytes:
-        return Remedy(options, f"{brings}; {format_size(made.missing_bytes)} would still be missing", False)
-    if made.free_bytes < 0:
-        over = format_size(-made.free_bytes)
-        return Remedy(options, f"{brings}; the KV budget would still be {over} too much", False)
-    brings += f"; the pool would hold {made.kv.pool_tokens:,} tokens"
-    if made.fits:
-        return Remedy(options, f"{brings}: it fits then", True)
-    longest = longest_context(settings, spec)
-    return Remedy(options, brings + (f": it fits with --context {longest} then" if longest else ""), False)
-
-
-def longest_context(settings: EngineSettings, spec: "ModelSpec") -> int | None:
-    """The longest context, in whole blocks, of which one request fits; None where that is too short to be of use."""
-    size = settings.block_size
-    low, high = SHORTEST_CONTEXT // size, (settings.context_tokens or spec.max_position_embeddings) // size
-    found = None
-    while low <= high:
-        middle = (low + high) // 2
-        if plan_engine(replace(settings, context_tokens=middle * size), spec)[1].fits:
-            found, low = middle * size, middle + 1
-        else:
-            high = middle - 1
-    return found
-
-
-def _planned(result: MemoryPlan, spec: "ModelSpec") -> Iterator[Remedy]:
-    """What this version cannot do yet, and how large a model it can do."""
-    kv = result.kv
-    if kv.num_blocks and not result.missing_bytes and result.free_bytes >= 0:
-        plan = plan_kv(spec, kv_format="int8", block_size=kv.block_size, budget_bytes=kv.pool_bytes)
-        brings = f"int8 KV (not available yet) would hold {plan.pool_tokens:,} tokens in the same memory"
-        yield Remedy("", brings, plan.pool_tokens >= result.context_tokens, is_here=False)
-    need = context_need_bytes(
-        spec, kv_format=result.kv_dtype, block_size=kv.block_size, context_tokens=result.context_tokens
-    )
-    room = result.budget_bytes - (result.fixed_bytes - result.weight_bytes) - need
-    for name, bits in QUANTISED_BITS.items():
-        weights = int(spec.num_parameters * bits / 8)
-        tokens = max(0, room + need - weights) // kv.block_bytes * kv.block_size
-        if weights < result.weight_bytes and tokens:
-            brings = f"{name} weights (not available yet) would take {format_size(weights)} and leave {tokens:,} tokens"
-            yield Remedy("", brings, tokens >= result.context_tokens, is_here=False)
-    if room > 0 and result.weight_bytes > room:
-        each = result.weight_bytes / spec.num_parameters
-        most = f"{room / each / 1e9:.1f} B parameters in {result.dtype}"
-        yield Remedy("", f"a model of at most {most} leaves room for this context", True)
-
-
-def kv_formats(result: MemoryPlan, spec: "ModelSpec") -> list[tuple[KVFormatName, int, int, bool]]:
+def kv_formats(
+    settings: EngineSettings, result: MemoryPlan, spec: "ModelSpec"
+) -> list[tuple[KVFormatName, int, int, bool]]:
     """Each format of keys and values: name, bytes a token, tokens in the pool's memory, whether it can be served."""
     rows: list[tuple[KVFormatName, int, int, bool]] = []
     for name, form in KV_FORMATS.items():
         kv = plan_kv(spec, kv_format=name, block_size=result.kv.block_size, budget_bytes=result.kv.pool_bytes)
-        rows.append((name, kv.bytes_per_token, kv.pool_tokens, form.served))
+        rows.append((name, kv.bytes_per_token, kv.pool_tokens, form.is_served(native=bool(settings.native))))
     return rows

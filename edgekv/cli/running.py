@@ -173,7 +173,7 @@ class _Server:
         console, memory, url = stdout(), assembly.memory, self._urls[0]
         place = assembly.place
         title = f"{self._name}: {assembly.spec.architecture}, {assembly.spec.num_parameters / 1e6:,.1f} M parameters"
-        how = f"{memory.dtype} on {place.title} ({assembly.dtype.reason})"
+        how = f"{memory.dtype} on {place.title} ({assembly.dtype.reason}), {assembly.kernels}"
         console.print(f"[bold]{escape(title)}[/], {escape(how)}", soft_wrap=True)
         if place.note:
             console.print(f"[yellow]{escape(place.note)}[/]", soft_wrap=True)

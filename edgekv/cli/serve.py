@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from edgekv.cli.console import stderr
-from edgekv.cli.models import DEMO, resolve_model
+from edgekv.cli.models import DEMO, is_model_path, model_name, resolve_model
 from edgekv.demo import target_path
 
 if TYPE_CHECKING:
@@ -19,17 +19,25 @@ if TYPE_CHECKING:
 
 
 def serve(
-    config: Path | None = typer.Argument(None, help="The configuration file; without one, the demo model."),
+    config: Path | None = typer.Argument(
+        None, help="The configuration file, or a model: a folder or a .gguf file; without any, the demo model."
+    ),
     settings: list[str] = typer.Option([], "--set", metavar="PATH=VALUE", help="Override a setting: server.port=9000."),
     host: str | None = typer.Option(None, help="Where to listen, instead of the configuration's."),
     port: int | None = typer.Option(None, min=0, max=65535, help="Port to listen on; 0 takes any free one."),
-    model: str | None = typer.Option(None, help="A model folder, or 'demo', instead of the configuration's."),
+    model: str | None = typer.Option(
+        None, help="A model folder, a .gguf file or 'demo', instead of the configuration's."
+    ),
 ) -> None:
     """Serve a model over the OpenAI protocol until Ctrl-C."""
     from edgekv.config.load import load_config
     from edgekv.engine.settings import lease, plan_engine
     from edgekv.model.hf_config import read_spec
 
+    if config is not None and is_model_path(config):
+        if model is not None:
+            raise typer.BadParameter(f"{config} is a model, and --model names another")
+        config, model = None, str(config)
     overrides = list(settings)
     if host is not None:
         overrides.append(f"server.host={host}")
@@ -62,9 +70,9 @@ def served_model(
     from edgekv.smi.device import choose_place
 
     if model is not None:
-        folder = resolve_model(model)
-        name = DEMO if folder == target_path() else folder.absolute().name
-        chosen = Model.model_construct(path=folder, aliases=())
+        path = resolve_model(model)
+        name = DEMO if path == target_path() else model_name(path)
+        chosen = Model.model_construct(path=path, aliases=())
     elif config.models:
         name, chosen = next(iter(config.models.items()))
     else:

@@ -5,8 +5,10 @@ import ipaddress
 from collections.abc import Iterable
 
 from edgekv.config.document import Document, Fault, Path, Value
+from edgekv.config.model_path import LAYOUTS, gguf_at
 from edgekv.config.settings import MAX_PINNED_BYTES, Config, Model, PinnedPrompt
 from edgekv.config.units import MIB
+from edgekv.errors import ModelError
 
 NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
     ("kv", "tier"),
@@ -14,8 +16,8 @@ NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
     ("models", "*", "draft"),
 )
 NOT_YET_VALUES: tuple[tuple[tuple[str, ...], frozenset[str]], ...] = (
-    (("kv", "dtype"), frozenset({"fp8", "int8", "int4"})),
-    (("models", "*", "kv", "dtype"), frozenset({"fp8", "int8", "int4"})),
+    (("kv", "dtype"), frozenset({"fp8", "int4"})),
+    (("models", "*", "kv", "dtype"), frozenset({"fp8", "int4"})),
     (("models", "*", "load"), frozenset({"on-demand"})),
 )
 
@@ -40,7 +42,7 @@ def take_out_unavailable(document: Document) -> None:
 
 
 def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> Iterable[tuple[Path, str]]:
-    """Faults between fields that are each fine alone; `files` also looks whether the model folders exist.
+    """Faults between fields that are each fine alone; `files` also looks whether the models exist.
 
     `config` may lack what is faulty; `written` still holds it, so that nothing is called missing that is only wrong.
     """
@@ -52,9 +54,8 @@ def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> I
         if model.device not in devices:
             hint = _did_you_mean(model.device, devices)
             yield ("models", name, "device"), f"no device {model.device!r}: name one of {', '.join(devices)}{hint}"
-        if files and not (model.path / "config.json").is_file():
-            what = "no config.json in it" if model.path.is_dir() else "no such folder"
-            yield ("models", name, "path"), f"{model.path}: {what}; a model is a folder in Hugging Face's layout"
+        if files and (fault := _no_model(model)):
+            yield ("models", name, "path"), fault
         yield from _pinned(config, written, name, model, files=files)
 
 
@@ -118,6 +119,24 @@ def _pinned(
                 yield (*path, "file"), fault
     if model.pinned_prompts and not config.kv.prefix_cache:
         yield ("models", model_name, "pinned_prompts"), "they live in the prefix cache, and kv.prefix_cache is off"
+
+
+def _no_model(model: Model) -> str:
+    """Why the path is none of a model; "" where it is one, as far as can be told without reading it."""
+    path = model.path
+    try:
+        file = gguf_at(path)
+        if file is None:
+            if (path / "config.json").is_file():
+                return ""
+            what = "neither config.json nor a .gguf file in it" if path.is_dir() else "no such folder"
+            return f"{path}: {what}; a model is {LAYOUTS}"
+        with file.open("rb") as opened:
+            return "" if opened.read(4) == b"GGUF" else f"{path}: not a GGUF file; a model is {LAYOUTS}"
+    except ModelError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"
 
 
 def _keys(written: Value, path: Path) -> set[str]:

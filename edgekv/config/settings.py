@@ -86,6 +86,7 @@ BlockSize = Annotated[
     int, BeforeValidator(_block_size), WithJsonSchema({"enum": [8, 16, 32, 64, 128, 256], "type": "integer"})
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 PriorityName = Literal["interactive", "batch"]
 
 PRIORITY_LEVELS: dict[PriorityName, int] = {"interactive": 0, "batch": 10}
@@ -150,7 +151,7 @@ class Device(Section):
 class KVDefaults(Section):
     """The KV cache of every model, unless the model says otherwise."""
 
-    dtype: Dtype = Field("auto", description="auto: what the model computes in")
+    dtype: KVDtype = Field("auto", description="auto: what the model computes in; int8: on the CPU's own kernels")
     block_size: BlockSize = Field(16, description="tokens in one block")
     budget: Budget = Field("auto", description="memory of the KV pool")
     prefix_cache: bool = Field(True, description="keep computed prefixes for later requests")
@@ -161,7 +162,7 @@ class KVDefaults(Section):
 class ModelKV(Section):
     """The KV cache of one model; what is left out comes from the top-level `kv`."""
 
-    dtype: Dtype | None = None
+    dtype: KVDtype | None = None
     budget: Budget | None = None
 
 
@@ -183,13 +184,16 @@ class PinnedPrompt(Section):
 
 
 class Model(Section):
-    """One model folder and how to serve it."""
+    """One model and how to serve it."""
 
-    path: FilePath = Field(description="a folder in Hugging Face's layout")
+    path: FilePath = Field(description="a folder in Hugging Face's layout, or a .gguf file")
     aliases: tuple[str, ...] = Field((), strict=False, description="other names clients may ask for")
     device: str = Field("auto", min_length=1, description="auto, cpu, or a name from devices")
     context: ContextTokens = Field("auto", description="longest prompt plus answer in tokens; auto: the model's own")
-    dtype: Dtype = Field("auto", description="what the weights are computed in")
+    dtype: Dtype = Field("auto", description="what weights that are not quantised are computed in")
+    weights: Literal["auto", "int8", "int4"] = Field(
+        "auto", description="auto: as the checkpoint has them; int8, int4: quantised as they are loaded, on the CPU"
+    )
     kv: ModelKV = Field(default_factory=ModelKV)
     max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
     max_step_tokens: int = Field(512, ge=16, le=65536, description="tokens in one step; longer prompts come in chunks")

@@ -8,9 +8,14 @@ Both use these functions with the same inputs, so what is promised before loadin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from edgekv.core.kv_format import KV_FORMATS, KVFormatName, KVPlan, context_need_bytes, plan_kv
+from edgekv.core.dtype_choice import DTYPE_BYTES as DTYPE_BYTES
+from edgekv.core.dtype_choice import DeviceKind as DeviceKind
+from edgekv.core.dtype_choice import DtypeChoice as DtypeChoice
+from edgekv.core.dtype_choice import DtypeName as DtypeName
+from edgekv.core.dtype_choice import choose_dtype as choose_dtype
+from edgekv.core.kv_format import KV_FORMATS, KVDtypeName, KVFormatName, KVPlan, context_need_bytes, plan_kv
 from edgekv.core.kv_format import KVShape as KVShape
 from edgekv.core.kv_format import kv_bytes_per_token as kv_bytes_per_token
 
@@ -19,17 +24,12 @@ GIB = 1 << 30
 
 GATHER_BYTES = 8 * MIB
 CAPPED_SCORES = 4 << 20  # scores that soft-capped attention writes out at a time
-EXACT_WEIGHT_BYTES = 1 * GIB
 MAIN_MEMORY_KV_BYTES = 4 * GIB  # a share that leaves a desktop with 16 GiB its memory
 DRAFT_KV_BYTES = 1 * GIB
 # A captured graph keeps its kernels' launch parameters on the card; activations are the workspace's (an estimate).
 GRAPH_NODE_BYTES = 32 << 10
 GRAPH_NODES_PER_LAYER = 12
 
-DtypeName = Literal["float32", "bfloat16", "float16"]
-DeviceKind = Literal["cpu", "card"]
-
-DTYPE_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What a process holds before any weight: on a card the driver's context and the libraries' code (an estimate: 300 to
 # 600 MiB are reported); in main memory the interpreter with torch (170 MiB of its own with torch 2.13).
 RUNTIME_BYTES: dict[DeviceKind, int] = {"cpu": 192 * MIB, "card": 512 * MIB}
@@ -72,29 +72,46 @@ class ModelShape(KVShape, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DtypeChoice:
-    """What to compute in, and why."""
+class WeightBytes:
+    """What weights take: `total` in memory, of which a decode step reads `step`.
 
-    name: DtypeName
-    reason: str
+    Of an embedding that is not the output head too, a step reads one row. `kinds`: bytes in memory by what they are
+    kept in, the most first.
+    """
+
+    total: int
+    step: int
+    kinds: dict[str, int]
+
+    @classmethod
+    def assumed(cls, shape: ModelShape, dtype: DtypeName) -> "WeightBytes":
+        """Of every parameter in `dtype`, all of them read."""
+        total = shape.num_parameters * DTYPE_BYTES[dtype]
+        return cls(total, total, {dtype: total})
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A draft model to plan for. `kv_bytes`: its KV pool's budget, None to choose."""
+    """A draft model to plan for. None: `kv_bytes`, its pool, is chosen; `weights` are all its parameters in `dtype`."""
 
     shape: ModelShape
     dtype: DtypeName
     kv_bytes: int | None = None
+    weights: WeightBytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
     """What a draft model takes beside the target."""
 
-    weight_bytes: int
+    weights: WeightBytes
     kv: KVPlan
     dtype: DtypeName
+
+    @property
+    def weight_bytes(self) -> int:
+        """In memory."""
+        return self.weights.total
 
     @property
     def num_bytes(self) -> int:
@@ -115,15 +132,20 @@ class MemoryPlan:
     headroom_bytes: int
     most_bytes: int | None
     runtime_bytes: int
-    weight_bytes: int
+    weights: WeightBytes
     workspace_bytes: int
     graphs_bytes: int
     kv: KVPlan
     ceiling_blocks: int
     context_tokens: int
     dtype: DtypeName
-    kv_dtype: DtypeName
+    kv_dtype: KVDtypeName
     draft: DraftPlan | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights, in memory."""
+        return self.weights.total
 
     @property
     def budget_bytes(self) -> int:
@@ -186,7 +208,7 @@ def workspace_bytes(
     *,
     device: DeviceKind,
     dtype_bytes: int,
-    kv_dtype: DtypeName,
+    kv_dtype: KVDtypeName,
     context_tokens: int,
     max_step_tokens: int,
     max_sequences: int,
@@ -202,7 +224,7 @@ def workspace_bytes(
     heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     widest = 2 * shape.hidden_size + max(heads, 3 * shape.intermediate_size)
     activations = 2 * max_step_tokens * widest * dtype_bytes
-    kv_bytes = DTYPE_BYTES[kv_dtype]
+    kv_bytes = KV_FORMATS[kv_dtype].bits // 8
     gathered = max(GATHER_BYTES, 2 * shape.num_kv_heads * shape.head_dim * kv_bytes * context_tokens)
     attention = 2 * gathered
     capped = shape.attention_softcap is not None
@@ -229,17 +251,12 @@ def headroom_bytes(total_bytes: int) -> int:
 
 
 def decode_read_bytes(
-    shape: ModelShape, *, dtype: DtypeName, kv_format: KVFormatName, block_size: int, context_tokens: int, tied: bool
+    shape: ModelShape, *, weights: WeightBytes, kv_format: KVFormatName, block_size: int, context_tokens: int
 ) -> int:
-    """The least that one decode step of one sequence reads: every weight once, and the keys and values it sees.
-
-    Of an embedding that is not the output head too (`tied`) it reads one row.
-    """
-    embedding = 0 if tied else shape.vocab_size * shape.hidden_size
-    weights = (shape.num_parameters - embedding) * DTYPE_BYTES[dtype]
+    """The least that one decode step of one sequence reads: its weights once, and the keys and values it sees."""
     layer_token = KV_FORMATS[kv_format].block_bytes(shape, block_size) / block_size / shape.num_layers
     seen = sum(min(context_tokens, window or context_tokens) for window in shape.windows)
-    return weights + int(layer_token * seen)
+    return weights.step + int(layer_token * seen)
 
 
 def beyond_window_bytes(shape: ModelShape, *, kv_format: KVFormatName, block_size: int, context_tokens: int) -> int:
@@ -261,29 +278,18 @@ def auto_kv_budget(*, device: DeviceKind, free_bytes: int, one_context_bytes: in
     return max(0, min(wanted, free_bytes // 2, max_sequences * one_context_bytes))
 
 
-def choose_dtype(checkpoint: DtypeName, num_parameters: int, device: DeviceKind) -> DtypeChoice:
-    """What a model computes in when nothing is set."""
-    if device == "card":
-        return DtypeChoice(checkpoint, "as the checkpoint")
-    if num_parameters * DTYPE_BYTES[checkpoint] <= EXACT_WEIGHT_BYTES:
-        return DtypeChoice("float32", "a small model on the CPU: exact, and the same in any batch")
-    if checkpoint == "float16":
-        return DtypeChoice("bfloat16", "float16 is slow on CPUs; the checkpoint's float16 is rounded to bfloat16")
-    return DtypeChoice(checkpoint, "as the checkpoint")
-
-
 def plan_draft(draft: Draft, *, free_bytes: int, block_size: int, context_tokens: int, max_sequences: int) -> DraftPlan:
     """A draft's share of `free_bytes`, which the target's weights and workspace leave.
 
     Unless told otherwise its pool gets DRAFT_KV_BYTES, at most a quarter of what is left, and never more than
     `max_sequences` full contexts could use.
     """
-    weights = draft.shape.num_parameters * DTYPE_BYTES[draft.dtype]
+    weights = draft.weights or WeightBytes.assumed(draft.shape, draft.dtype)
     kv_bytes = draft.kv_bytes
     if kv_bytes is None:
         context = min(context_tokens, draft.shape.max_position_embeddings)
         one = context_need_bytes(draft.shape, kv_format=draft.dtype, block_size=block_size, context_tokens=context)
-        kv_bytes = min(DRAFT_KV_BYTES, max_sequences * one, max(0, free_bytes - weights) // 4)
+        kv_bytes = min(DRAFT_KV_BYTES, max_sequences * one, max(0, free_bytes - weights.total) // 4)
     kv = plan_kv(draft.shape, kv_format=draft.dtype, block_size=block_size, budget_bytes=kv_bytes)
     return DraftPlan(weights, kv, draft.dtype)
 
@@ -294,11 +300,13 @@ def plan_memory(
     device: DeviceKind,
     total_bytes: int,
     dtype: DtypeName,
-    kv_dtype: DtypeName,
+    kv_dtype: KVDtypeName,
     block_size: int,
     context_tokens: int,
     max_sequences: int,
     max_step_tokens: int,
+    weights: WeightBytes | None = None,
+    workspace: int | None = None,
     free_bytes: int | None = None,
     reserve_bytes: int | None = None,
     most_bytes: int | None = None,
@@ -318,6 +326,8 @@ def plan_memory(
         context_tokens: the longest request, prompt and output.
         max_sequences: sequences in one step.
         max_step_tokens: tokens in one step.
+        weights: what the weights take; None for every parameter in `dtype`.
+        workspace: bytes of one step; None for an estimate of what torch allocates.
         free_bytes: what of it no program holds; None for all.
         reserve_bytes: what to leave to others; None for the usual headroom of the whole device.
         most_bytes: the most that may be leased in all; None for no limit.
@@ -328,19 +338,20 @@ def plan_memory(
     free = total_bytes if free_bytes is None else free_bytes
     kept_free = headroom_bytes(total_bytes) if reserve_bytes is None else reserve_bytes
     runtime = RUNTIME_BYTES[device] if runtime_bytes is None else runtime_bytes
-    weights = shape.num_parameters * DTYPE_BYTES[dtype]
-    workspace = workspace_bytes(
-        shape,
-        device=device,
-        dtype_bytes=DTYPE_BYTES[dtype],
-        kv_dtype=kv_dtype,
-        context_tokens=context_tokens,
-        max_step_tokens=max_step_tokens,
-        max_sequences=max_sequences,
-    )
+    weights = weights or WeightBytes.assumed(shape, dtype)
+    if workspace is None:
+        workspace = workspace_bytes(
+            shape,
+            device=device,
+            dtype_bytes=DTYPE_BYTES[dtype],
+            kv_dtype=kv_dtype,
+            context_tokens=context_tokens,
+            max_step_tokens=max_step_tokens,
+            max_sequences=max_sequences,
+        )
     graphs = graphs_bytes(shape, device=device, max_sequences=max_sequences)
     room, most = free - kept_free, total_bytes if most_bytes is None else most_bytes
-    left = min(room, most) - runtime - weights - workspace - graphs
+    left = min(room, most) - runtime - weights.total - workspace - graphs
     drafted = None
     if draft is not None:
         drafted = plan_draft(
@@ -368,7 +379,7 @@ def plan_memory(
         headroom_bytes=kept_free,
         most_bytes=most_bytes,
         runtime_bytes=runtime,
-        weight_bytes=weights,
+        weights=weights,
         workspace_bytes=workspace,
         graphs_bytes=graphs,
         kv=kv,

@@ -10,6 +10,9 @@ SEGMENT_BYTES = 64 << 20
 SCALE_BYTES = 2  # float16
 
 KVFormatName = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+KVDtypeName = Literal["float32", "bfloat16", "float16", "int8"]  # those that are served
+KVScales = Literal["none", "token", "channel"]
+KVServer = Literal["any", "native", "none"]
 
 
 class KVShape(Protocol):
@@ -32,31 +35,37 @@ class KVShape(Protocol):
 class KVFormat:
     """How keys and values are kept: bits of an element, and which float16 scales go with a block of one head.
 
-    After KIVI (arXiv:2402.02750): keys have one scale for each channel of a block, values one for each token.
-    `served`: whether an engine can keep them so today; the others are planned.
+    `scales`: "token" is one for each token of the keys and one of the values; "channel" is KIVI's (arXiv:2402.02750),
+    one for each channel of a block's keys and for each token of its values. `served`: which engine can keep them so
+    today: any, that of the native CPU kernels alone, or none yet.
     """
 
     name: KVFormatName
     bits: int
-    scaled: bool
-    served: bool
+    scales: KVScales
+    served: KVServer
 
     def block_bytes(self, shape: KVShape, block_size: int) -> int:
         """Bytes of one block: K and V of `block_size` tokens in every layer, with their scales."""
         elements = shape.head_dim * block_size
-        scales = (shape.head_dim + block_size) * SCALE_BYTES if self.scaled else 0
-        return shape.num_layers * shape.num_kv_heads * (2 * -(-elements * self.bits // 8) + scales)
+        counts: dict[KVScales, int] = {"none": 0, "token": 2 * block_size, "channel": shape.head_dim + block_size}
+        scale_bytes = counts[self.scales] * SCALE_BYTES
+        return shape.num_layers * shape.num_kv_heads * (2 * -(-elements * self.bits // 8) + scale_bytes)
+
+    def is_served(self, *, native: bool) -> bool:
+        """Whether an engine with or without the native CPU kernels can keep them so."""
+        return self.served == "any" or (native and self.served == "native")
 
 
 KV_FORMATS: dict[KVFormatName, KVFormat] = {
     made.name: made
     for made in (
-        KVFormat("float32", 32, scaled=False, served=True),
-        KVFormat("bfloat16", 16, scaled=False, served=True),
-        KVFormat("float16", 16, scaled=False, served=True),
-        KVFormat("fp8", 8, scaled=False, served=False),  # e4m3: its exponent is scale enough
-        KVFormat("int8", 8, scaled=True, served=False),
-        KVFormat("int4", 4, scaled=True, served=False),
+        KVFormat("float32", 32, scales="none", served="any"),
+        KVFormat("bfloat16", 16, scales="none", served="any"),
+        KVFormat("float16", 16, scales="none", served="any"),
+        KVFormat("fp8", 8, scales="none", served="none"),  # e4m3: its exponent is scale enough
+        KVFormat("int8", 8, scales="token", served="native"),
+        KVFormat("int4", 4, scales="channel", served="none"),
     )
 }
 

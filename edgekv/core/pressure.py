@@ -312,9 +312,7 @@ class PressurePolicy:
             self._stuck_since = None
         elif self._stuck_since is None:
             self._stuck_since = now
-        elif reading.unified or (
-            now - self._stuck_since > GIVE_UP_S and reading.free_bytes >= self.headroom.num_bytes
-        ):
+        elif reading.unified or (now - self._stuck_since > GIVE_UP_S and reading.free_bytes >= self.headroom.num_bytes):
             # The pool has given all it can and there is room: what is spilled is something else, and stays so.
             self.detector.forgive()
             self._stuck_since = None

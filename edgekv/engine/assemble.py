@@ -7,19 +7,23 @@ Runs in: engine thread; owns: nothing once it returns. The plan comes from `edge
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.capacity import DtypeChoice, DtypeName, MemoryPlan
+from edgekv.core.capacity import DtypeChoice, MemoryPlan
 from edgekv.core.kv_cache import KVCache
+from edgekv.core.kv_format import KVDtypeName
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import Sequence, SequenceSpec
 from edgekv.core.step import Chunk, StepPlan
 from edgekv.engine.core import EngineCore
-from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.kv_pool import BlockMemory, KVPool
+from edgekv.engine.native import choose_kernels, load_native, native_kv_pool
+from edgekv.engine.native_runner import NativeRunner
 from edgekv.engine.pinned import PinnedPrefixes
 from edgekv.engine.pinned_text import encode_pinned
 from edgekv.engine.runner import Runner
@@ -36,18 +40,22 @@ from edgekv.smi.sources import sources_for
 from edgekv.text.chat_template import ChatTemplate, load_chat_template
 from edgekv.text.tokenizer import Tokenizer, load_tokenizer
 
-TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
+TORCH_DTYPES: dict[KVDtypeName, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
 
 
+ModelRunner: TypeAlias = Runner | NativeRunner
+
+
 @dataclass(frozen=True, slots=True)
 class Assembly:
     """What was built: the model's shape and texts, and where every byte went (`leases`, by name).
 
-    `runtime_reason` says how the bytes of the lease `runtime` are known.
+    `runtime_reason` says how the bytes of the lease `runtime` are known. `kernels` says what runs the model, and
+    `kernels_loss` what is lost where that is torch though it is a CPU.
     """
 
     spec: ModelSpec
@@ -60,6 +68,8 @@ class Assembly:
     leases: dict[str, int]
     pool_tokens: int
     runtime_reason: str
+    kernels: str
+    kernels_loss: str | None
 
 
 def assemble(
@@ -78,6 +88,7 @@ def assemble(
     generation = _with_end_of_text(read_generation_config(settings.folder), tokenizer.eos_id)
     template = load_chat_template(settings.folder)
     prompts = [encode_pinned(written, tokenizer, template) for written in settings.pinned_prompts]
+    settings, kernels = choose_kernels(settings, spec)
     choice, memory = plan_engine(settings, spec)
     place = settings.place
     if sources is None:
@@ -85,17 +96,25 @@ def assemble(
     runtime = measure_runtime(place, memory.runtime_bytes, sources)
     ledger = lease(memory, runtime.num_bytes)
     device = torch.device(place.torch_name)
-    model = load_model(settings.folder, dtype=TORCH_DTYPES[choice.name], device=device, progress=progress)
+    pool: BlockMemory[Any]
+    runner: ModelRunner
+    if kernels.pool is not None:
+        native = load_native(settings, spec, choice, kernels.pool, progress)
+        pool = native_pool = native_kv_pool(spec, memory)
+        runner = NativeRunner(native, native_pool)
+    else:
+        model = load_model(settings.folder, dtype=TORCH_DTYPES[choice.name], device=device, progress=progress)
+        pool = torch_pool = KVPool(
+            spec,
+            dtype=TORCH_DTYPES[memory.kv_dtype],
+            device=device,
+            block_size=memory.kv.block_size,
+            segment_blocks=memory.kv.segment_blocks,
+            # A card's memory that is played by main memory comes and goes as quickly as a card's.
+            commit=place.kind == "cpu",
+        )
+        runner = Runner(model, torch_pool)
     progress(0, memory.kv.pool_bytes, "KV pool")
-    pool = KVPool(
-        spec,
-        dtype=TORCH_DTYPES[memory.kv_dtype],
-        device=device,
-        block_size=memory.kv.block_size,
-        segment_blocks=memory.kv.segment_blocks,
-        # A card's memory that is played by main memory comes and goes as quickly as a card's.
-        commit=place.kind == "cpu",
-    )
     blocks = BlockPool(block_size=memory.kv.block_size, segment_blocks=memory.kv.segment_blocks)
     segments = Segments(blocks, pool, ledger, ceiling_blocks=memory.ceiling_blocks)
     for num_blocks, segment_lease in zip(memory.kv.segments, ledger.leases(KV_LEASE), strict=True):
@@ -105,7 +124,7 @@ def assemble(
     limits = Limits(
         max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens, weights=settings.weights
     )
-    runner, sampler = Runner(model, pool), Sampler(spec.vocab_size, device)
+    sampler = Sampler(spec.vocab_size, device)
     progress(0, 0, "first step")
     _warm_up(runner, sampler, blocks)
     core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments)
@@ -131,6 +150,8 @@ def assemble(
         leases=ledger.statement(),
         pool_tokens=pool.num_tokens,
         runtime_reason=runtime.reason,
+        kernels=kernels.title,
+        kernels_loss=kernels.loss,
     )
 
 
@@ -141,7 +162,7 @@ def _with_end_of_text(generation: GenerationDefaults, eos_id: int | None) -> Gen
     return replace(generation, eos_token_ids=(*generation.eos_token_ids, eos_id))
 
 
-def _warm_up(runner: Runner, sampler: Sampler, blocks: BlockPool) -> None:
+def _warm_up(runner: ModelRunner, sampler: Sampler, blocks: BlockPool) -> None:
     """Run a short prompt and one decode, so that what torch sets up on first use is no client's to wait for."""
     [block] = blocks.allocate(1)
     spec = SequenceSpec(id=0, prompt=(0,) * (blocks.block_size - 1), sampling=SamplingParams(max_tokens=1))

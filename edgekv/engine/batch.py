@@ -3,30 +3,52 @@
 Runs in: engine thread; owns: nothing. Python runs once a chunk, never once a token.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from edgekv.core.step import Chunk
-from edgekv.kernels.attn.cache import PagedCache
 from edgekv.kernels.attn.ragged import Ints, RaggedBatch
+
+
+class HasBlocks(Protocol):
+    """One segment of a cache."""
+
+    @property
+    def num_blocks(self) -> int:
+        """How many it has."""
+
+
+class BlockSpace(Protocol):
+    """Which block ids a cache has; both kinds of cache are one."""
+
+    @property
+    def segments(self) -> Mapping[int, HasBlocks]:
+        """By index; indices may have holes."""
+
+    @property
+    def segment_shift(self) -> int:
+        """Block id = segment << shift | block of the segment."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """The tokens of all chunks laid end to end."""
 
-    token_ids: Tensor  # [tokens] int64
-    positions: Tensor  # [tokens] int64
-    sample_rows: Tensor  # [chunks that sample] int64: their last rows, in the order of the chunks
+    token_ids: Ints  # [tokens]
+    positions: Ints  # [tokens]
+    sample_rows: Ints  # [chunks that sample]: their last rows, in the order of the chunks
     ragged: RaggedBatch
 
 
-def build_batch(chunks: tuple[Chunk, ...], cache: PagedCache, vocab_size: int) -> StepBatch:
+def build_batch(chunks: tuple[Chunk, ...], cache: BlockSpace, vocab_size: int) -> StepBatch:
     """The batch of at least one chunk.
 
     Raises ValueError naming the sequence for an empty chunk, a token id outside of the vocabulary, a block table that
@@ -43,14 +65,14 @@ def build_batch(chunks: tuple[Chunk, ...], cache: PagedCache, vocab_size: int) -
     ragged = RaggedBatch(starts, lengths, *_tables(chunks, -(-(starts + lengths) // cache.block_size), cache))
     sampling = np.array([chunk.samples for chunk in chunks], dtype=bool)
     return StepBatch(
-        token_ids=_tensor(token_ids, cache),
-        positions=_tensor(ragged.positions, cache),
-        sample_rows=_tensor((np.cumsum(lengths) - 1)[sampling], cache),
+        token_ids=token_ids,
+        positions=ragged.positions,
+        sample_rows=(np.cumsum(lengths) - 1)[sampling],
         ragged=ragged,
     )
 
 
-def _tables(chunks: tuple[Chunk, ...], num_blocks: Ints, cache: PagedCache) -> tuple[Ints, Ints]:
+def _tables(chunks: tuple[Chunk, ...], num_blocks: Ints, cache: BlockSpace) -> tuple[Ints, Ints]:
     """The needed part of every block table end to end, and where each begins."""
     for chunk, needed in zip(chunks, num_blocks.tolist(), strict=True):
         if len(chunk.block_table) < needed:
@@ -77,7 +99,3 @@ def _fault(chunk: Chunk, what: str) -> ValueError:
 
 def _ints(values: Iterable[int]) -> Ints:
     return np.fromiter(values, dtype=np.int64)
-
-
-def _tensor(array: Ints, cache: PagedCache) -> Tensor:
-    return torch.from_numpy(array).to(cache.device)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from edgekv.kernels.attn.cache import CacheSegment
+from edgekv.engine.kv_pool import Segment
 
 READ_BYTES = 8 << 20  # 20 µs on a card, 0.4 ms over PCIe: an allocation moves as a whole, so a part of it will do
 SLOW_FACTOR = 4.0
@@ -26,7 +26,7 @@ def slow_segments(read_s: Mapping[int, float]) -> tuple[int, ...]:
     return tuple(sorted(slow, key=lambda index: (-read_s[index], index)))
 
 
-def time_reads(segments: Mapping[int, CacheSegment], device: torch.device) -> dict[int, float]:
+def time_reads(segments: Mapping[int, Segment], device: torch.device) -> dict[int, float]:
     """Seconds to read the beginning of each segment; nothing where the device is no card. Waits for the device."""
     if device.type != "cuda":
         return {}

@@ -54,6 +54,11 @@ class Runner:
         self._workspace = Workspace(pool.cache.device)
 
     @property
+    def model(self) -> RunnableModel:
+        """What it runs."""
+        return self._model
+
+    @property
     def workspace_bytes(self) -> int:
         """Scratch memory held beside the pool; grows with the longest context so far."""
         return self._workspace.num_bytes
@@ -72,4 +77,7 @@ class Runner:
         batch = build_batch(plan.chunks, cache, vocab_size)
         self._pool.copy(plan.copies)
         attention = PagedAttention(cache, batch.ragged, self._workspace)
-        return self._model.forward(batch.token_ids, batch.positions, attention, batch.sample_rows)
+        token_ids, positions, sample_rows = (
+            torch.from_numpy(ints).to(cache.device) for ints in (batch.token_ids, batch.positions, batch.sample_rows)
+        )
+        return self._model.forward(token_ids, positions, attention, sample_rows)

@@ -6,16 +6,12 @@ An allocator's cache would keep what a segment had: on a card each segment has a
 it to the driver; in main memory each is a mapping of its own, unmapped with the last tensor that uses it.
 """
 
-import errno
-import mmap
-import sys
-from contextlib import suppress
 from math import prod
 
 import torch
 from torch import Tensor
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14 and later; Python's mmap has no name for it
+from edgekv.kernels.pages import map_pages
 
 
 class SegmentMemory:
@@ -39,7 +35,7 @@ class SegmentMemory:
                 with torch.cuda.use_mem_pool(self._pool):
                     self.data: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
         elif device.type == "cpu":
-            pages = _map(prod(shape) * dtype.itemsize, commit=commit)
+            pages = map_pages(prod(shape) * dtype.itemsize, commit=commit)
             self.data = torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)
@@ -54,33 +50,3 @@ class SegmentMemory:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it is the host's or the device's allocator that failed (torch's CPU allocator raises RuntimeError)."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _map(num_bytes: int, *, commit: bool) -> mmap.mmap:
-    """A private anonymous mapping: zeros, with huge pages where the system has them."""
-    try:
-        if sys.platform == "win32":
-            pages = mmap.mmap(-1, num_bytes)
-        else:
-            # Shared, which is Python's default, would be a file in memory and have no huge pages.
-            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no {num_bytes:,} bytes of main memory: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    if commit:
-        _commit(pages, num_bytes)
-    return pages
-
-
-def _commit(pages: mmap.mmap, num_bytes: int) -> None:
-    if sys.platform == "linux":
-        try:
-            pages.madvise(_POPULATE_WRITE)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # an older kernel
-                raise MemoryError(f"no {num_bytes:,} bytes of main memory: {error}") from error
-        else:
-            return
-    torch.frombuffer(pages, dtype=torch.uint8).zero_()

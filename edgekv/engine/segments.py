@@ -4,6 +4,7 @@ Runs in: engine thread; owns: the segments' leases, and the count of what was gi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from edgekv.core.block_pool import BlockPool
 from edgekv.core.ledger import Lease, Ledger
@@ -11,7 +12,7 @@ from edgekv.core.pressure import PoolFacts
 from edgekv.core.scheduler import Scheduler
 from edgekv.core.step import MemoryStats
 from edgekv.engine.canary import slow_segments, time_reads
-from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.kv_pool import BlockMemory
 from edgekv.engine.segment_memory import is_out_of_memory
 from edgekv.engine.settings import KV_LEASE
 from edgekv.errors import OverBudget
@@ -37,7 +38,9 @@ class Segments:
         ceiling_blocks: the most that the pool may grow to; None for no more than it once had.
     """
 
-    def __init__(self, blocks: BlockPool, memory: KVPool, ledger: Ledger, *, ceiling_blocks: int | None = None) -> None:
+    def __init__(
+        self, blocks: BlockPool, memory: BlockMemory[Any], ledger: Ledger, *, ceiling_blocks: int | None = None
+    ) -> None:
         self._blocks = blocks
         self._memory = memory
         self._ledger = ledger
@@ -73,7 +76,7 @@ class Segments:
         Without, sequences are preempted, all of them if need be, and wait until the pool has grown again; only pinned
         blocks stay. `slow_first`: segments that are slow to read go first, because they have left the card.
         """
-        slow = slow_segments(time_reads(self._memory.cache.segments, self._memory.cache.device)) if slow_first else ()
+        slow = slow_segments(time_reads(self._memory.allocated, self._memory.device)) if slow_first else ()
         num_blocks = -(-num_bytes // self._memory.block_bytes)
         vacated = scheduler.vacate(num_blocks, keep_promises=keep_promises, first=slow)
         self._memory.copy(vacated.copies)

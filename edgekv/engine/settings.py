@@ -7,9 +7,16 @@ from pathlib import Path
 from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
 from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, choose_dtype, plan_memory
+from edgekv.core.kv_format import KV_FORMATS, KVDtypeName
 from edgekv.core.ledger import Ledger
 from edgekv.errors import EdgeKVError
+from edgekv.kernels.cpu.threads import default_threads
+from edgekv.model.matrix_layout import WeightForm, WeightsName
+from edgekv.model.native_shape import unsupported
 from edgekv.model.spec import ModelSpec
+from edgekv.model.step_memory import workspace_bytes
+from edgekv.model.weight_plan import native_bytes, native_inputs, plain_bytes
+from edgekv.model.weight_table import WeightTable, read_weight_table
 from edgekv.smi.device import Place
 
 KV_LEASE = "kv.target"
@@ -21,12 +28,15 @@ class EngineSettings:
 
     `kv_budget` is in bytes (int) or a share of the device's free memory (float). `draft`: a draft model to keep room
     for beside it. `pinned_prompts`: beginnings of prompts to compute at load and keep. `weights`: see `Limits`.
+    `weight_format`: what the model's weights are quantised to when they are loaded. `native`: whether the native CPU
+    kernels run the model; None: where they are available and can.
     """
 
     folder: Path
     place: Place
     dtype: DtypeName | None = None
-    kv_dtype: DtypeName | None = None
+    weight_format: WeightsName = "auto"
+    kv_dtype: KVDtypeName | None = None
     kv_budget: int | float | None = None
     context_tokens: int | None = None
     block_size: int = 16
@@ -36,6 +46,7 @@ class EngineSettings:
     draft: Draft | None = None
     pinned_prompts: tuple[PinnedPrompt, ...] = ()
     weights: Mapping[int, int] = field(default_factory=lambda: Priorities().weights)
+    native: bool | None = None
 
     @classmethod
     def from_config(cls, config: Config, model: Model, place: Place) -> "EngineSettings":
@@ -46,6 +57,7 @@ class EngineSettings:
             folder=model.path,
             place=place,
             dtype=None if model.dtype == "auto" else model.dtype,
+            weight_format=model.weights,
             kv_dtype=None if kv_dtype == "auto" else kv_dtype,
             kv_budget=None if budget == "auto" else budget.fraction if isinstance(budget, Share) else budget,
             context_tokens=None if model.context == "auto" else model.context,
@@ -58,16 +70,63 @@ class EngineSettings:
         )
 
 
-def plan_engine(settings: EngineSettings, spec: ModelSpec) -> tuple[DtypeChoice, MemoryPlan]:
-    """How the device's free memory is shared out; the same arithmetic as `edgekv plan`. Raises ContextTooLong."""
-    place = settings.place
+def runs_natively(settings: EngineSettings, spec: ModelSpec) -> bool:
+    """Whether the native CPU kernels are to run the model."""
+    if settings.native is not None:
+        return settings.native
+    if settings.place.kind != "cpu":
+        return False
+    from edgekv.kernels.cpu.library import available
+
+    return unsupported(spec, settings.block_size) is None and available()
+
+
+def weight_form(settings: EngineSettings, choice: DtypeChoice) -> WeightForm:
+    """How a native model's weights are kept. A dtype that was asked for holds for what is not quantised."""
+    return WeightForm(None if choice.keeps_stored else choice.name, settings.weight_format)
+
+
+def plan_engine(
+    settings: EngineSettings, spec: ModelSpec, table: WeightTable | None = None
+) -> tuple[DtypeChoice, MemoryPlan]:
+    """How the device's free memory is shared out; the same arithmetic as `edgekv plan`.
+
+    `table`: what the model's files hold; None to read their headers. Raises ModelError for files that could not be
+    loaded, ContextTooLong, and NotServedHere for what only the native kernels can do.
+    """
+    place, native = settings.place, runs_natively(settings, spec)
     if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
         raise ContextTooLong(settings.context_tokens, spec.max_position_embeddings)
+    if settings.weight_format != "auto" and not native:
+        raise NotServedHere("weights", settings.weight_format, settings)
+    if settings.kv_dtype is not None and not KV_FORMATS[settings.kv_dtype].is_served(native=native):
+        raise NotServedHere("kv.dtype", settings.kv_dtype, settings)
+    if table is None:
+        table = read_weight_table(settings.folder, spec)
     choice = (
         DtypeChoice(settings.dtype, "as configured")
         if settings.dtype is not None
-        else choose_dtype(spec.dtype, spec.num_parameters, place.kind)
+        else choose_dtype(
+            spec.dtype,
+            spec.num_parameters,
+            place.kind,
+            quantised=table.is_quantised or settings.weight_format != "auto",
+            native=native,
+        )
     )
+    context_tokens = settings.context_tokens or spec.max_position_embeddings
+    weights, workspace = plain_bytes(spec, choice.name), None
+    if native:
+        form = weight_form(settings, choice)
+        weights = native_bytes(table, spec, form)
+        workspace = workspace_bytes(
+            spec,
+            native_inputs(table, spec, form),
+            max_step_tokens=settings.max_step_tokens,
+            max_sequences=settings.max_sequences,
+            context_tokens=context_tokens,
+            threads=default_threads(),
+        )
     memory = plan_memory(
         spec,
         device=place.kind,
@@ -78,13 +137,27 @@ def plan_engine(settings: EngineSettings, spec: ModelSpec) -> tuple[DtypeChoice,
         dtype=choice.name,
         kv_dtype=settings.kv_dtype or choice.name,
         block_size=settings.block_size,
-        context_tokens=settings.context_tokens or spec.max_position_embeddings,
+        context_tokens=context_tokens,
         max_sequences=settings.max_sequences,
         max_step_tokens=settings.max_step_tokens,
+        weights=weights,
+        workspace=workspace,
         kv_budget=settings.kv_budget,
         draft=settings.draft,
     )
     return choice, memory
+
+
+class NotServedHere(EdgeKVError):
+    """A setting was asked for that only the native CPU kernels can do, and they do not run this model."""
+
+    def __init__(self, setting: str, value: str, settings: EngineSettings) -> None:
+        why = "they run models on the CPU only" if settings.place.kind == "card" else "they are not in use here"
+        super().__init__(
+            f"{setting}: {value} needs the native CPU kernels, and {why}. Set {setting} to auto; what there is to know "
+            "about the kernels on this machine: edgekv doctor"
+        )
+        self.setting, self.value = setting, value
 
 
 class ContextTooLong(EdgeKVError):
@@ -93,7 +166,7 @@ class ContextTooLong(EdgeKVError):
     def __init__(self, context_tokens: int, model_tokens: int) -> None:
         super().__init__(
             f"A context of {context_tokens:,} tokens is more than the model's {model_tokens:,} "
-            "(max_position_embeddings in its config.json). Ask for less, or for 'auto'."
+            "(max_position_embeddings in its config.json, context_length in a GGUF). Ask for less, or for 'auto'."
         )
         self.context_tokens, self.model_tokens = context_tokens, model_tokens
 

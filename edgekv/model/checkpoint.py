@@ -1,17 +1,20 @@
-"""The safetensors files of a model folder as one: which file holds which tensor.
+"""The safetensors files of a model folder as one: which file holds which tensor, and as what.
 
 Runs in: anywhere (no torch); owns: the open files.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from edgekv.errors import ModelError
 from edgekv.model.json_fields import Fields, read_object
-from edgekv.model.safetensors_file import SafetensorsFile, TensorEntry
+from edgekv.model.quantised_config import folder_quantisation
+from edgekv.model.safetensors_file import SafetensorsFile
+from edgekv.model.safetensors_tensor import SafetensorsTensor
+from edgekv.model.stored import StoredTensor
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -19,23 +22,18 @@ _MAX_INDEX_BYTES = 16 << 20
 _MAX_SHARDS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A tensor and the file it lies in."""
-
-    file: SafetensorsFile
-    entry: TensorEntry
-
-
 class Checkpoint:
-    """All tensors of a model folder; a context manager.
+    """All tensors of a model folder (`StoredTensors`); a context manager.
 
-    Invariant: every name in `tensors` was found in exactly one file, in the file that the index names.
+    Invariant: every tensor was found in exactly one file, in the file that the index names. The layers that config.json
+    says were quantised are there under the names of their weights.
     """
+
+    source: Path
 
     def __init__(self, folder: Path) -> None:
         """Opens every file and checks every header; raises ModelError."""
-        self.tensors: dict[str, Located] = {}
+        self._found: dict[str, SafetensorsTensor] = {}
         with ExitStack() as opening:
             if (folder / _SINGLE).exists():
                 self._add(opening, folder / _SINGLE, None)
@@ -46,6 +44,7 @@ class Checkpoint:
                     self._add(opening, folder / shard, names)
             else:
                 raise ModelError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}{_remedy(folder)}")
+            self.tensors = self._as_weights(folder)
             self._files = opening.pop_all()
 
     def _add(self, opening: ExitStack, path: Path, listed: set[str] | None) -> None:
@@ -56,7 +55,18 @@ class Checkpoint:
             if name in file.entries:
                 raise ModelError(f"{path}: tensor '{name}': the index does not list it here")
             raise ModelError(f"{path}: tensor '{name}': is missing, though the index lists it here")
-        self.tensors.update((name, Located(file, entry)) for name, entry in file.entries.items())
+        self._found.update((name, SafetensorsTensor(file, entry)) for name, entry in file.entries.items())
+
+    def _as_weights(self, folder: Path) -> Mapping[str, StoredTensor]:
+        quantisation = folder_quantisation(folder)
+        if quantisation is not None:
+            from edgekv.model.awq_gptq import group_tensors  # and numpy
+
+            return group_tensors(self._found, quantisation)
+        for name, tensor in self._found.items():
+            if name.endswith(".qweight"):
+                raise tensor.fault("is quantised, but config.json has no quantization_config that says how")
+        return {**self._found}
 
     def close(self) -> None:
         """Close all files; may be called again."""

@@ -1,5 +1,7 @@
 """config.json and generation_config.json of a Hugging Face model folder, as a ModelSpec and GenerationDefaults.
 
+A model that is a GGUF file is handed on to `gguf_config`.
+
 Runs in: anywhere; owns: nothing. Imports no torch, and never the code that an `auto_map` names. Every number is bounded
 here, before anything is allocated from it; defaults are those of transformers' configuration classes.
 """
@@ -7,45 +9,63 @@ here, before anything is allocated from it; defaults are those of transformers' 
 from collections.abc import Callable
 from pathlib import Path
 
+from edgekv.config.model_path import gguf_at
 from edgekv.errors import ModelError
 from edgekv.model.json_fields import Fields, read_object
+from edgekv.model.quantised_config import read_quantisation
 from edgekv.model.rope_config import MAX_POSITIONS, read_rope, read_rope_by_layer_type
-from edgekv.model.spec import Activation, DtypeName, GenerationDefaults, ModelSpec, RopeSpec
+from edgekv.model.spec import (
+    MAX_PARAMETERS,
+    MAX_VOCAB,
+    Activation,
+    DtypeName,
+    GenerationDefaults,
+    ModelSpec,
+    RopeSpec,
+)
 
 _MAX_CONFIG_BYTES = 4 << 20
-_MAX_VOCAB = 1 << 22
-_MAX_PARAMETERS = 1 << 42
 _DTYPES: dict[str, DtypeName] = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The model's shape; raises ModelError naming the file and the field."""
+    """The shape of a model folder or a GGUF file; raises ModelError naming the file and the field."""
+    if (file := gguf_at(folder)) is not None:
+        from edgekv.model.gguf_config import read_gguf_spec
+
+        return read_gguf_spec(file)
     config = _config(folder)
     names = config.texts("architectures")
     supported = ", ".join(_READERS)
     reader = next((_READERS[name] for name in names if name in _READERS), None)
     if reader is None:
         raise config.fault("architectures", f"{', '.join(names)!r:.200} is not supported; supported: {supported}")
-    if "quantization_config" in config:
-        raise config.fault("quantization_config", "quantised checkpoints are not supported")
+    read_quantisation(config)
     spec = reader(config)
-    if spec.num_parameters > _MAX_PARAMETERS:
+    if spec.num_parameters > MAX_PARAMETERS:
         raise config.fault("hidden_size", f"the shape asks for {spec.num_parameters:,} parameters, past any real model")
     return spec
 
 
 def read_generation_config(folder: Path) -> GenerationDefaults:
-    """generation_config.json, with ids it lacks from config.json; raises ModelError naming the file and the field."""
+    """generation_config.json, with ids it lacks from config.json; raises ModelError naming the file and the field.
+
+    Of a GGUF file, what its metadata recommends.
+    """
+    if (file := gguf_at(folder)) is not None:
+        from edgekv.model.gguf_config import read_gguf_generation
+
+        return read_gguf_generation(file)
     path, config = folder / "generation_config.json", _config(folder)
     given = Fields(str(path), read_object(path, _MAX_CONFIG_BYTES)) if path.exists() else Fields(str(path), {})
-    bos = given.optional_integer("bos_token_id", 0, _MAX_VOCAB)
+    bos = given.optional_integer("bos_token_id", 0, MAX_VOCAB)
     return GenerationDefaults(
         eos_token_ids=_token_ids(given, "eos_token_id") or _token_ids(config, "eos_token_id"),
-        bos_token_id=config.optional_integer("bos_token_id", 0, _MAX_VOCAB) if bos is None else bos,
+        bos_token_id=config.optional_integer("bos_token_id", 0, MAX_VOCAB) if bos is None else bos,
         do_sample=given.flag("do_sample", False) if "do_sample" in given else None,
         temperature=given.optional_number("temperature", 0.0, 100.0),
         top_p=given.optional_number("top_p", 0.0, 1.0),
-        top_k=given.optional_integer("top_k", 0, _MAX_VOCAB) or None,
+        top_k=given.optional_integer("top_k", 0, MAX_VOCAB) or None,
         min_p=given.optional_number("min_p", 0.0, 1.0),
         repetition_penalty=given.optional_number("repetition_penalty", 1e-3, 1e3),
     )
@@ -62,7 +82,7 @@ def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:
     value = fields.values.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for item in ids:
-        Fields(fields.origin, {name: item}).integer(name, 0, _MAX_VOCAB)
+        Fields(fields.origin, {name: item}).integer(name, 0, MAX_VOCAB)
     return tuple(dict.fromkeys(item for item in ids if isinstance(item, int)))
 
 
@@ -189,7 +209,7 @@ def _spec(
     ropes = (read_rope(config),) * num_layers if rope_of is None else tuple(rope_of(layer) for layer in layers)
     return ModelSpec(
         architecture=architecture,
-        vocab_size=config.integer("vocab_size", 1, _MAX_VOCAB),
+        vocab_size=config.integer("vocab_size", 1, MAX_VOCAB),
         hidden_size=hidden_size,
         intermediate_size=config.integer("intermediate_size", 1, 1 << 20),
         num_layers=num_layers,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekv.model.spec import Llama3Scaling, RopeSpec, YarnScaling
+from edgekv.model.spec import FrequencyFactors, Llama3Scaling, RopeSpec, YarnScaling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class RotaryEmbedding:
 
     def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
         """Computes the frequencies on the CPU, so that they are the same bits on every device."""
-        self._magnitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+        self._magnitude = rope_magnitude(rope)
         self._frequencies = inverse_frequencies(rope, head_dim).to(device)  # [head_dim / 2]
 
     def at(self, positions: Tensor) -> Rotation:
@@ -41,6 +41,11 @@ class RotaryEmbedding:
         angles = positions.float().unsqueeze(1) * self._frequencies
         cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
         return Rotation(torch.cat((cos, cos), 1).unsqueeze(1), torch.cat((-sin, sin), 1).unsqueeze(1))
+
+
+def rope_magnitude(rope: RopeSpec) -> float:
+    """What cosines and sines are multiplied with."""
+    return rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
@@ -54,6 +59,8 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
             return _llama3(plain, scaling)
         case YarnScaling() as scaling:
             return _yarn(powers, scaling, rope.theta, head_dim)
+        case FrequencyFactors(factors):
+            return plain / torch.tensor(factors)
         case linear:
             return plain / linear.factor
 

@@ -9,8 +9,8 @@ from edgekv.model.json_fields import Fields
 from edgekv.model.spec import LinearScaling, Llama3Scaling, RopeScaling, RopeSpec, YarnScaling
 
 MAX_POSITIONS = 1 << 25
-_THETA_RANGE = (2.0, 1e15)
-_FACTOR_RANGE = (1e-3, 1e5)
+THETA_RANGE = (2.0, 1e15)
+FACTOR_RANGE = (1e-3, 1e5)
 _KNOWN = {
     "default": (),
     "linear": ("factor",),
@@ -28,7 +28,7 @@ def read_rope(config: Fields, default_theta: float = 10_000.0) -> RopeSpec:
     """The one rotary embedding of a model that uses the same in every layer."""
     scaling = config.optional_object("rope_scaling") or Fields(config.origin, {})
     parameters = scaling if scaling.values else config.optional_object("rope_parameters") or scaling
-    theta = config.optional_number("rope_theta", *_THETA_RANGE)
+    theta = config.optional_number("rope_theta", *THETA_RANGE)
     return _rope(config, parameters, default_theta if theta is None else theta)
 
 
@@ -41,8 +41,8 @@ def read_rope_by_layer_type(config: Fields, global_theta: float, local_theta: fl
     if scaling := config.optional_object("rope_scaling"):
         wide = Fields(config.origin, {**wide.values, **scaling.values}, "rope_scaling.")
     narrow = parameters.optional_object("sliding_attention") or empty
-    old_global = config.optional_number("rope_theta", *_THETA_RANGE)
-    old_local = config.optional_number("rope_local_base_freq", *_THETA_RANGE)
+    old_global = config.optional_number("rope_theta", *THETA_RANGE)
+    old_local = config.optional_number("rope_local_base_freq", *THETA_RANGE)
     return {
         "full_attention": _rope(config, wide, global_theta if old_global is None else old_global),
         "sliding_attention": _rope(config, narrow, local_theta if old_local is None else old_local),
@@ -57,20 +57,20 @@ def _rope(config: Fields, parameters: Fields, default_theta: float) -> RopeSpec:
     for place in (config, parameters):
         if place.optional_number("partial_rotary_factor", 0.0, 1.0) not in (None, 1.0):
             raise place.fault("partial_rotary_factor", "rotating a part of the head is not supported")
-    theta = parameters.optional_number("rope_theta", *_THETA_RANGE)
+    theta = parameters.optional_number("rope_theta", *THETA_RANGE)
     return RopeSpec(default_theta if theta is None else theta, _scaling(kind, config, parameters))
 
 
 def _scaling(kind: str, config: Fields, parameters: Fields) -> RopeScaling | None:
     match kind:
         case "linear":
-            return LinearScaling(parameters.number("factor", *_FACTOR_RANGE))
+            return LinearScaling(parameters.number("factor", *FACTOR_RANGE))
         case "llama3":
-            low = parameters.number("low_freq_factor", *_FACTOR_RANGE)
-            high = parameters.number("high_freq_factor", *_FACTOR_RANGE)
+            low = parameters.number("low_freq_factor", *FACTOR_RANGE)
+            high = parameters.number("high_freq_factor", *FACTOR_RANGE)
             if high <= low:
                 raise parameters.fault("high_freq_factor", f"must be above low_freq_factor ({low:g}), found {high:g}")
-            return Llama3Scaling(parameters.number("factor", *_FACTOR_RANGE), low, high, _original(config, parameters))
+            return Llama3Scaling(parameters.number("factor", *FACTOR_RANGE), low, high, _original(config, parameters))
         case "yarn":
             return _yarn(config, parameters)
         case _:
@@ -89,24 +89,24 @@ def _original(config: Fields, parameters: Fields) -> int:
 
 def _yarn(config: Fields, parameters: Fields) -> YarnScaling:
     original = _original(config, parameters)
-    factor = parameters.optional_number("factor", *_FACTOR_RANGE)
+    factor = parameters.optional_number("factor", *FACTOR_RANGE)
     if factor is None:
         factor = config.integer("max_position_embeddings", 1, MAX_POSITIONS) / original
-    attention_factor = parameters.optional_number("attention_factor", *_FACTOR_RANGE)
+    attention_factor = parameters.optional_number("attention_factor", *FACTOR_RANGE)
     mscale = parameters.optional_number("mscale", 0.0, 1e3)
     mscale_all_dim = parameters.optional_number("mscale_all_dim", 0.0, 1e3)
     if attention_factor is None and mscale and mscale_all_dim:
-        attention_factor = _magnitude(factor, mscale) / _magnitude(factor, mscale_all_dim)
+        attention_factor = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
     return YarnScaling(
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=_magnitude(factor, 1.0) if attention_factor is None else attention_factor,
+        attention_factor=yarn_magnitude(factor, 1.0) if attention_factor is None else attention_factor,
         beta_fast=parameters.optional_number("beta_fast", 0.0, 1e6) or 32.0,
         beta_slow=parameters.optional_number("beta_slow", 0.0, 1e6) or 1.0,
         truncate=parameters.flag("truncate", True),
     )
 
 
-def _magnitude(factor: float, weight: float) -> float:
+def yarn_magnitude(factor: float, weight: float) -> float:
     """YaRN's recommended growth of cosines and sines, 0.1 · ln(s) + 1 (arXiv:2309.00071, equation 22)."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

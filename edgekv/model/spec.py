@@ -9,6 +9,10 @@ from typing import Literal
 Activation = Literal["silu", "gelu_tanh"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
+MAX_VOCAB = 1 << 22
+MAX_PARAMETERS = 1 << 42
+"""No real model goes past either: a shape that does is refused before anything is allocated from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
@@ -39,7 +43,14 @@ class YarnScaling:
     truncate: bool = True
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True, slots=True)
+class FrequencyFactors:
+    """Every frequency divided by a factor of its own, [head_dim / 2]: how a GGUF carries Llama 3.1's scaling."""
+
+    factors: tuple[float, ...]
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
 
 
 @dataclass(frozen=True, slots=True)

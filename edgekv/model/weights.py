@@ -8,23 +8,21 @@ before the first gigabyte is read, and the names and shapes are written down in 
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from edgekv.errors import ModelError
-from edgekv.model.checkpoint import Checkpoint, Located
+from edgekv.kernels.quant.dequantise import dequantise
+from edgekv.kernels.quant.encodings import BF16, F16, F32, Encoding
+from edgekv.model.asked_tensors import AskedTensors, Shape
+from edgekv.model.stored import StoredTensor, StoredTensors
 
-Shape = tuple[int, ...]
 Progress = Callable[[int, int, str], None]
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS: dict[Encoding, torch.dtype] = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 _CHUNK_BYTES = 16 << 20
-# Tables that old transformers versions saved and that are computed from the config.
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 class WeightSource(Protocol):
@@ -38,44 +36,27 @@ class WeightSource(Protocol):
 class DeclaredWeights:
     """Meta tensors for what the checkpoint's headers promise; raises ModelError where they lack it."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._asked: set[str] = set()
-        self.num_bytes = 0
+    def __init__(self, stored: StoredTensors) -> None:
+        self.asked = AskedTensors(stored)
 
     def stacked(self, names: Sequence[str], shapes: Sequence[Shape]) -> Tensor:
-        """Checks names, shapes and dtypes."""
+        """Checks names, shapes and encodings."""
         for name, shape in zip(names, shapes, strict=True):
-            located = self._checkpoint.tensors.get(name)
-            if located is None:
-                raise ModelError(f"{self._checkpoint.source}: tensor '{name}': is missing")
-            path, entry = located.file.path, located.entry
-            if entry.shape != shape:
-                raise ModelError(
-                    f"{path}: tensor '{name}': has shape {list(entry.shape)}, but config.json asks for {list(shape)}"
-                )
-            if entry.dtype not in _DTYPES:
-                raise ModelError(f"{path}: tensor '{name}': dtype {entry.dtype} is not supported: {', '.join(_DTYPES)}")
-            self._asked.add(name)
-            self.num_bytes += entry.num_bytes
+            _ = self.asked.find(name, shape).encoding
         return torch.empty(_stacked_shape(shapes), device="meta")
-
-    def refuse_leftovers(self, *, tied_head: bool) -> None:
-        """Raises ModelError for a tensor that no layer asked for: the config does not describe this checkpoint."""
-        for name, located in self._checkpoint.tensors.items():
-            harmless = _HARMLESS.fullmatch(name) or (tied_head and name == "lm_head.weight")
-            if name not in self._asked and not harmless:
-                raise ModelError(f"{located.file.path}: tensor '{name}': is not part of the model in config.json")
 
 
 class StoredWeights:
-    """Tensors read into memory of their own, converted to `dtype` on `device`; never more than one chunk is staged."""
+    """Tensors read into memory of their own, converted to `dtype` on `device`; never more than one chunk is staged.
+
+    What is quantised becomes plain numbers of `dtype`, as it has to for whoever multiplies with torch.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, total_bytes: int, progress: Progress
+        self, stored: StoredTensors, *, dtype: torch.dtype, device: torch.device, total_bytes: int, progress: Progress
     ) -> None:
         """`total_bytes` is what the checkpoint holds of this model; `progress` hears of every chunk."""
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._stored, self._dtype, self._device = stored, dtype, device
         self._done_bytes, self._total_bytes, self._progress = 0, total_bytes, progress
         # One for the whole load: freed and taken again for each tensor, it leaves holes as large as the file.
         self._staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
@@ -85,22 +66,32 @@ class StoredWeights:
         stacked = torch.empty(_stacked_shape(shapes), dtype=self._dtype, device=self._device)
         row = 0
         for name, shape in zip(names, shapes, strict=True):
-            self._read(self._checkpoint.tensors[name], stacked[row : row + shape[0]].view(-1))
+            self._read(self._stored.tensors[name], stacked[row : row + shape[0]])
             row += shape[0]
         return stacked
 
-    def _read(self, located: Located, target: Tensor) -> None:
-        entry, stored = located.entry, _DTYPES[located.entry.dtype]
-        direct = stored == self._dtype and self._device.type == "cpu"
-        chunk = max(1, _CHUNK_BYTES // stored.itemsize)
-        for start in range(0, target.numel(), chunk):
-            part = target[start : start + chunk]
-            landing = part if direct else self._staging[: part.numel() * stored.itemsize].view(stored)
-            located.file.read_into(entry, start * stored.itemsize, _bytes_of(landing))
-            if not direct:
-                part.copy_(landing)
-            self._done_bytes += landing.nbytes
+    def _read(self, tensor: StoredTensor, target: Tensor) -> None:
+        encoding, cols = tensor.encoding, math.prod(target.shape[1:])
+        row_bytes = encoding.row_bytes(cols)
+        plain = FLOATS.get(encoding)
+        direct = plain == self._dtype and self._device.type == "cpu"
+        # Of what is quantised, a chunk is counted as the float32 numbers that it becomes on the way.
+        chunk = max(1, _CHUNK_BYTES // (row_bytes if plain else 4 * cols))
+        for first in range(0, len(target), chunk):
+            part = target[first : first + chunk]
+            raw = part if direct else self._room_for(len(part) * row_bytes).view(len(part), row_bytes)
+            tensor.read_rows(first, _bytes_of(raw))
+            if plain is None:
+                part.copy_(dequantise(encoding, raw, cols))
+            elif not direct:
+                part.copy_(raw.view(plain).view(part.shape))
+            self._done_bytes += raw.nbytes
             self._progress(self._done_bytes, self._total_bytes, "reading weights")
+
+    def _room_for(self, num_bytes: int) -> Tensor:
+        if num_bytes > len(self._staging):  # a single row of that length
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._staging[:num_bytes]
 
 
 def _stacked_shape(shapes: Sequence[Shape]) -> Shape:
@@ -108,7 +99,7 @@ def _stacked_shape(shapes: Sequence[Shape]) -> Shape:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class RandomWeights:

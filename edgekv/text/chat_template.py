@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from edgekv.config.model_path import gguf_at
 from edgekv.errors import ModelError
 from edgekv.text.control_text import free_marks
 from edgekv.text.errors import TemplateError
@@ -164,12 +165,17 @@ class ChatTemplate:
 
 
 def load_chat_template(folder: Path, *, limits: Limits | None = None) -> ChatTemplate | None:
-    """The chat template of a model folder, None if it has none.
+    """The chat template of a model folder or a GGUF file, None if it has none.
 
     Raises:
         ModelError: a template or a file beside it that is broken, by name.
     """
-    files = read_tokenizer_files(folder)
+    if (file := gguf_at(folder)) is not None:
+        from edgekv.text.gguf_tokenizer import read_gguf_template_files
+
+        files = read_gguf_template_files(file)
+    else:
+        files = read_tokenizer_files(folder)
     if not files.chat_templates:
         return None
     named = dict(files.named)

@@ -1,4 +1,5 @@
-"""tokenizer.json through the `tokenizers` library, with the ids `transformers.AutoTokenizer` gives.
+"""tokenizer.json through the `tokenizers` library, with the ids `transformers.AutoTokenizer` gives; and, from whatever
+else it was put together, any tokenizer of that library.
 
 Ordinary text that spells a control token is encoded by a second tokenizer over the same model, in which control tokens
 are reachable only by secret texts drawn at loading.
@@ -8,9 +9,9 @@ Runs in: anywhere; owns: the two tokenizers, unchanged after loading (encoding r
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
@@ -26,39 +27,37 @@ _LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class JsonTokenizer(VocabularyTokenizer):
-    """A tokenizer.json."""
+    """A tokenizer of the library.
 
-    def __init__(self, path: Path, files: TokenizerFiles, *, max_bytes: int) -> None:
-        """Read the file.
+    Args:
+        tokenizer: taken over, and given the added tokens of `files`.
+        rules: how its pieces become text.
+        named: "bos_token" … as templates see them.
+        files: what lies beside it.
+        empty_ids: ids whose pieces are no tokens, and never in a text.
+        max_bytes: the longest text.
+    """
 
-        Raises:
-            ModelError: not a tokenizer, or one whose text cannot be streamed.
-        """
-        source = read_text(path)
-        try:
-            description = json.loads(source)
-            self._tokenizer = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path.name}: not a tokenizer: {error}") from error
-        named = dict(files.named)
-        if _is_rebuilt_by_transformers(files, description):
-            named = _LLAMA_NAMES | named
-            rules = _as_llama(self._tokenizer, files)
-        else:
-            try:
-                rules = rules_of_decoder(description.get("decoder") or {"type": "none"})
-            except (ValueError, KeyError) as error:
-                raise ModelError(f"{path.name}: decoder: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = _add_tokens(self._tokenizer, files, named)
-
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        rules: DecodeRules,
+        named: Mapping[str, str],
+        files: TokenizerFiles,
+        *,
+        empty_ids: Collection[int] = (),
+        max_bytes: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        added = _add_tokens(tokenizer, files, named)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         pieces: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         for piece, token_id in vocabulary.items():
             pieces[token_id] = piece
         for token_id, token in added.items():
             pieces[token_id] = token.content
+        for token_id in empty_ids:
+            pieces[token_id] = None
         control = {token.content: token_id for token_id, token in added.items() if files.is_control(token)}
         super().__init__(
             Vocabulary(pieces, (token_id for token_id, token in added.items() if token.special), rules),
@@ -70,6 +69,32 @@ class JsonTokenizer(VocabularyTokenizer):
         self._added = added
         self._prefix, self._suffix = self._affixes()
         self._build_plain()
+
+    @classmethod
+    def read(cls, path: Path, files: TokenizerFiles, *, max_bytes: int) -> Self:
+        """The tokenizer of a tokenizer.json.
+
+        Raises:
+            ModelError: not a tokenizer, or one whose text cannot be streamed.
+        """
+        source = read_text(path)
+        try:
+            description = json.loads(source)
+            tokenizer = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{path.name}: not a tokenizer: {error}") from error
+        named = dict(files.named)
+        if _is_rebuilt_by_transformers(files, description):
+            named = _LLAMA_NAMES | named
+            rules = _as_llama(tokenizer, files)
+        else:
+            try:
+                rules = rules_of_decoder(description.get("decoder") or {"type": "none"})
+            except (ValueError, KeyError) as error:
+                raise ModelError(f"{path.name}: decoder: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, rules, named, files, max_bytes=max_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""
@@ -164,7 +189,9 @@ def _library_token(token: AddedToken) -> tokenizers.AddedToken:
     )
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles, named: dict[str, str]) -> dict[int, AddedToken]:
+def _add_tokens(
+    tokenizer: tokenizers.Tokenizer, files: TokenizerFiles, named: Mapping[str, str]
+) -> dict[int, AddedToken]:
     """Add what the files beside tokenizer.json declare, in transformers' order; returns all added tokens by id."""
     tokenizer.add_tokens([_library_token(token) for _, token in sorted(files.added.items())])
     declared = {token.content: token for token in files.added.values()}

@@ -6,9 +6,10 @@ model file is the authority on normalization; only where its leading space goes 
 Runs in: anywhere; owns: the sentencepiece processors, unchanged after loading (encoding releases the GIL).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import sentencepiece
 
@@ -26,32 +27,48 @@ _MAX_GAP = 1 << 16  # ids without a token between the model's and an added one
 
 
 class SentencePieceTokenizer(VocabularyTokenizer):
-    """A tokenizer.model and the added tokens of the files beside it."""
+    """A sentencepiece model and the added tokens of the files beside it.
 
-    def __init__(self, path: Path, files: TokenizerFiles, *, max_bytes: int) -> None:
-        """Read the file.
+    Args:
+        name: what errors call the model.
+        model: a `ModelProto`.
+        files: what lies beside it.
+        types: those of the model's pieces, where the caller knows them.
+        empty_ids: ids whose pieces are no tokens.
+        prefix_before_space: put a space before a text that begins with one too. sentencepiece does so; transformers
+            does not any more.
+        max_bytes: the longest text.
 
-        Raises:
-            ModelError: not a sentencepiece model, or added tokens that contradict it.
-        """
+    Raises:
+        ModelError: not a sentencepiece model, or added tokens that contradict it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: bytes,
+        files: TokenizerFiles,
+        *,
+        types: Sequence[int] | None = None,
+        empty_ids: Collection[int] = (),
+        prefix_before_space: bool = False,
+        max_bytes: int,
+    ) -> None:
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ModelError(f"{path.name}: larger than {MAX_FILE_BYTES:,} bytes")
-            model = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
-            types = list(_piece_types(model))
-        except OSError as error:
-            raise ModelError(f"{path.name}: cannot be read: {error.strerror or error}") from error
+            types = list(_piece_types(model)) if types is None else types
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"{path.name}: not a sentencepiece model: {error}") from error
+            raise ModelError(f"{name}: not a sentencepiece model: {error}") from error
 
         size = self._processor.get_piece_size()
         pieces: list[str | None] = [self._processor.id_to_piece(token_id) for token_id in range(size)]
         if len(types) != size:
-            raise ModelError(f"{path.name}: not a sentencepiece model: {len(types)} pieces listed, {size} loaded")
+            raise ModelError(f"{name}: not a sentencepiece model: {len(types)} pieces listed, {size} loaded")
         named = _named_tokens(self._processor, pieces, files)
-        added = _added_tokens(path, pieces, types, named, files)
+        added = _added_tokens(name, pieces, types, named, files)
+        for token_id in empty_ids:
+            pieces[token_id] = None
         for token_id, token in added.items():
             pieces += [None] * (token_id + 1 - len(pieces))
             pieces[token_id] = token.content
@@ -60,6 +77,8 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         prefix = files.add_prefix_space is not False and self._processor.normalize("a") != "a"
         self._prefix_first = prefix
         self._prefix_always = prefix and files.legacy is True
+        # LlamaTokenizer adds no space where there is one.
+        self._unprefixed = () if prefix_before_space else (" ", SPACE_MARK)
         super().__init__(
             Vocabulary(
                 pieces,
@@ -83,6 +102,21 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         # Models of this kind were trained with a beginning and without an end, so that is what silence means.
         self._before = [self.bos_id] if files.add_bos is not False and self.bos_id is not None else []
         self._after = [self.eos_id] if files.add_eos and self.eos_id is not None else []
+
+    @classmethod
+    def read(cls, path: Path, files: TokenizerFiles, *, max_bytes: int) -> Self:
+        """The tokenizer of a tokenizer.model.
+
+        Raises:
+            ModelError: not a sentencepiece model, or added tokens that contradict it.
+        """
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise ModelError(f"{path.name}: larger than {MAX_FILE_BYTES:,} bytes")
+            model = path.read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path.name}: cannot be read: {error.strerror or error}") from error
+        return cls(path.name, model, files, max_bytes=max_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""
@@ -117,8 +151,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         position = 0
         for cut in [*cuts, len(text)]:
             part = text[position:cut]
-            # LlamaTokenizer adds no space where there is one.
-            with_prefix = prefix and position == 0 and not part.startswith((" ", SPACE_MARK))
+            with_prefix = prefix and position == 0 and not part.startswith(self._unprefixed)
             processor = self._processor if with_prefix else self._without_prefix
             ids += processor.encode(part)
             position = cut
@@ -126,7 +159,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
 
 
 def _added_tokens(
-    path: Path, pieces: Sequence[str | None], types: Sequence[int], named: dict[str, str], files: TokenizerFiles
+    name: str, pieces: Sequence[str | None], types: Sequence[int], named: dict[str, str], files: TokenizerFiles
 ) -> dict[int, AddedToken]:
     """The model's control and user-defined pieces, then what the files declare; new texts get ids behind the rest."""
     added = {
@@ -136,10 +169,10 @@ def _added_tokens(
     }
     for token_id, token in sorted(files.added.items()):
         if token_id >= len(pieces) + _MAX_GAP + len(files.added):
-            raise ModelError(f"{path.name}: added token {token.content!r}: id {token_id} is far outside the vocabulary")
+            raise ModelError(f"{name}: added token {token.content!r}: id {token_id} is far outside the vocabulary")
         if token_id < len(pieces) and pieces[token_id] != token.content and types[token_id] == _NORMAL:
             raise ModelError(
-                f"{path.name}: id {token_id} is {pieces[token_id]!r}, but added as {token.content!r} by its neighbours"
+                f"{name}: id {token_id} is {pieces[token_id]!r}, but added as {token.content!r} by its neighbours"
             )
         added[token_id] = token
     id_of = {piece: token_id for token_id, piece in enumerate(pieces) if piece is not None}

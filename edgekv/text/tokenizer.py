@@ -1,4 +1,4 @@
-"""The one interface of tokenizers, and which of its two implementations a model folder gets.
+"""The one interface of tokenizers, and which of its two implementations a model gets.
 
 Runs in: anywhere; all methods may be called by several threads at once; owns: nothing.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from edgekv.config.model_path import gguf_at
 from edgekv.errors import ModelError
 from edgekv.text.control_text import ControlText
 from edgekv.text.detokenizer import Detokenizer
@@ -92,22 +93,26 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path, *, max_bytes: int = MAX_BYTES) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json if there is one, else tokenizer.model.
+    """The tokenizer of a model folder: tokenizer.json if there is one, else tokenizer.model; or that of a GGUF file.
 
     Args:
-        folder: a folder in Hugging Face's form.
+        folder: a folder in Hugging Face's form, or a GGUF file.
         max_bytes: the longest text `encode` takes, in UTF-8 bytes.
 
     Raises:
         ModelError: neither file, or one that is broken, by name.
     """
+    if (file := gguf_at(folder)) is not None:
+        from edgekv.text.gguf_tokenizer import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(file, max_bytes=max_bytes)
     files = read_tokenizer_files(folder)
     if (folder / "tokenizer.json").exists():
         from edgekv.text.json_tokenizer import JsonTokenizer
 
-        return JsonTokenizer(folder / "tokenizer.json", files, max_bytes=max_bytes)
+        return JsonTokenizer.read(folder / "tokenizer.json", files, max_bytes=max_bytes)
     if (folder / "tokenizer.model").exists():
         from edgekv.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(folder / "tokenizer.model", files, max_bytes=max_bytes)
+        return SentencePieceTokenizer.read(folder / "tokenizer.model", files, max_bytes=max_bytes)
     raise ModelError(f"{folder.name}: no tokenizer: neither tokenizer.json nor tokenizer.model is there")

@@ -1,12 +1,14 @@
 """A real engine over a real model folder, turned by hand, with freed blocks poisoned and every invariant checked."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgekv.core.block_pool import BlockPool, BlockState
 from edgekv.core.kv_cache import KVCache
+from edgekv.core.kv_format import KVFormatName
 from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
@@ -14,12 +16,22 @@ from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import SequenceSpec
 from edgekv.core.step import Resize, StepPlan
 from edgekv.engine.core import EngineCore
-from edgekv.engine.kv_pool import KVPool
+from edgekv.engine.kv_pool import BlockMemory, KVPool
+from edgekv.engine.native import LibraryPacker
+from edgekv.engine.native_pool import NativeKVPool
+from edgekv.engine.native_runner import NativeRunner
 from edgekv.engine.runner import Runner
 from edgekv.engine.sampler import Sampler
 from edgekv.engine.segments import Segments
+from edgekv.kernels.cpu.library import load_library
+from edgekv.kernels.cpu.program import Pool
 from edgekv.model.causal_lm import CausalLM
+from edgekv.model.hf_config import read_spec
 from edgekv.model.loader import load_model
+from edgekv.model.lowering import lower
+from edgekv.model.matrix_layout import WeightForm
+from edgekv.model.native_lm import NativeLM
+from edgekv.model.packing import load_packed
 
 CPU = torch.device("cpu")
 
@@ -29,27 +41,36 @@ class EngineHarness:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | NativeLM,
         *,
         blocks: int = 128,
         segment_blocks: int = 128,
         block_size: int = 16,
         limits: Limits | None = None,
         prefix: bool = True,
+        kv_format: KVFormatName = "float32",
     ) -> None:
-        self.memory = KVPool(
-            model.spec, dtype=torch.float32, device=CPU, block_size=block_size, segment_blocks=segment_blocks
-        )
-        pool = BlockPool(block_size=block_size, segment_blocks=segment_blocks)
+        self.memory: BlockMemory[Any]
+        self._runner: Runner | NativeRunner
+        if isinstance(model, NativeLM):
+            self.memory = native = NativeKVPool(
+                model.spec, kv_format=kv_format, block_size=block_size, segment_blocks=segment_blocks
+            )
+            self._runner = NativeRunner(model, native)
+        else:
+            self.memory = pool = KVPool(
+                model.spec, dtype=torch.float32, device=CPU, block_size=block_size, segment_blocks=segment_blocks
+            )
+            self._runner = Runner(model, pool)
+        numbers = BlockPool(block_size=block_size, segment_blocks=segment_blocks)
         self.ledger = Ledger(blocks * self.memory.block_bytes)
-        self.segments = Segments(pool, self.memory, self.ledger)
+        self.segments = Segments(numbers, self.memory, self.ledger)
         for first in range(0, blocks, segment_blocks):
             size = min(segment_blocks, blocks - first)
             self.segments.add(size, self.ledger.reserve("kv.target", size * self.memory.block_bytes))
-        self.cache = KVCache(pool, PrefixCache(block_size) if prefix else None)
+        self.cache = KVCache(numbers, PrefixCache(block_size) if prefix else None)
         self.scheduler = Scheduler(self.cache, limits or Limits())
         vocab = model.spec.vocab_size
-        self._runner = Runner(model, self.memory)
         self.core = EngineCore(self.scheduler, self, Sampler(vocab, CPU), vocab, self.segments)
         self.outputs: dict[int, list[int]] = {}
         self.cached: dict[int, int] = {}
@@ -117,3 +138,11 @@ class EngineHarness:
 
 def load(folder: Path) -> CausalLM:
     return load_model(folder, dtype=torch.float32, device=CPU)
+
+
+def load_on_kernels(
+    folder: Path, *, threads: int = 1, tier: str | None = None, form: WeightForm | None = None
+) -> NativeLM:
+    pool = Pool(load_library(), threads, tier=tier)
+    spec, kept = read_spec(folder), form or WeightForm("float32")
+    return NativeLM(load_packed(folder, spec, lower, form=kept, packer=LibraryPacker(pool)), pool)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from edgekv.core.scheduler import Limits
 from edgekv.model.causal_lm import CausalLM
-from tests.model.engine_harness import EngineHarness, load
+from edgekv.model.native_lm import NativeLM
+from tests.model.engine_harness import EngineHarness, load, load_on_kernels
 from tests.model.tiny_models import ARCHITECTURES, make_tiny
 
 VOCAB = 199
@@ -39,7 +40,7 @@ PROMPTS = [
 
 @dataclass(frozen=True)
 class Case:
-    model: CausalLM
+    model: CausalLM | NativeLM
     expected: list[list[int]]  # transformers' greedy continuation of each prompt
 
 
@@ -51,16 +52,23 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *(f"{name}-on-kernels" for name in ARCHITECTURES)])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = make_tiny(request.param, tmp_path_factory.mktemp(request.param), vocab_size=VOCAB)
-    model = load(folder)
+    name, _, native = request.param.partition("-")
+    folder = tmp_path_factory.mktemp(request.param)
+    model: CausalLM | NativeLM
+    if native:
+        # The kernels take heads of a multiple of 16.
+        shape = {"hidden_size": 96} if name == "qwen2" else {"head_dim": 32 if name == "gemma3" else 16}
+        model = load_on_kernels(make_tiny(name, folder, vocab_size=VOCAB, **shape), threads=2)
+    else:
+        model = load(make_tiny(name, folder, vocab_size=VOCAB))
     expected = greedy_as_transformers(folder, model)
     assert len({token for output in expected for token in output}) > 10, "a model that repeats itself proves nothing"
     return Case(model, expected)
 
 
-def greedy_as_transformers(folder: Path, model: CausalLM) -> list[list[int]]:
+def greedy_as_transformers(folder: Path, model: CausalLM | NativeLM) -> list[list[int]]:
     """Our continuation of each prompt alone, once every logit of it is within 1e-4 of transformers'.
 
     transformers reads prompt and continuation in one pass. Where its likeliest token at each place is the one that

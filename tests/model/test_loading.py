@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 
 from edgekv.kernels.attn.dense import DenseAttention
+from edgekv.kernels.quant.dequantise import dequantise
 from edgekv.model.hf_config import SUPPORTED_ARCHITECTURES, read_spec
 from edgekv.model.loader import ARCHITECTURES, load_model
+from edgekv.model.open_weights import open_weights
+from tests.model.test_packing import make_mixed_gguf
 from tests.model.tiny_models import make_tiny
 
 CPU = torch.device("cpu")
@@ -86,6 +90,23 @@ def test_tensors_larger_than_a_chunk_arrive_whole(
     whole = some_logits(folder)
     monkeypatch.setattr("edgekv.model.weights._CHUNK_BYTES", 1000)  # neither a row nor a tensor
     assert torch.equal(some_logits(folder), whole)
+
+
+def test_quantised_tensors_become_what_they_mean_whatever_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_mixed_gguf(tmp_path, {"*": "Q8_0", "blk.*.ffn_up*": "Q4_K", "blk.*.attn_v*": "F16"})
+    model = load_model(path, dtype=torch.float32, device=CPU)
+    with closing(open_weights(path)) as stored:
+        table = stored.tensors["model.embed_tokens.weight"]
+        raw = torch.empty(4096, table.num_bytes // 4096, dtype=torch.uint8)
+        table.read_rows(0, raw.view(-1).numpy().data)
+        assert torch.equal(model._embedding, dequantise(table.encoding, raw, 256))
+    whole = some_logits(path)
+    monkeypatch.setattr("edgekv.model.weights._CHUNK_BYTES", 5000)
+    assert torch.equal(some_logits(path), whole)
+    half = load_model(path, dtype=torch.bfloat16, device=CPU)
+    assert torch.equal(half._embedding, model._embedding.bfloat16())
 
 
 def some_logits(folder: Path) -> torch.Tensor:

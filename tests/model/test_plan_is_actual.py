@@ -74,8 +74,8 @@ def test_plan_ledger_and_memory_agree_for_every_format_with_and_without_a_draft(
 
 @pytest.mark.parametrize(
     ("kv_format", "dtype", "scale_bytes"),
-    # int8 has a scale for each channel of a block's keys and for each token of its values, 2 bytes each.
-    [("fp8", torch.float8_e4m3fn, 0), ("int8", torch.int8, 2 * (64 + 16)), ("bfloat16", torch.bfloat16, 0)],
+    # int8 has a scale for each token of a block's keys and of its values, 2 bytes each.
+    [("fp8", torch.float8_e4m3fn, 0), ("int8", torch.int8, 2 * (16 + 16)), ("bfloat16", torch.bfloat16, 0)],
 )
 @pytest.mark.parametrize("shape", [PoolShape(2, 1, 64), PoolShape(5, 3, 64)])
 def test_formats_of_one_byte_take_the_memory_that_is_planned_for_them(

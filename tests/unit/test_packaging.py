@@ -1,10 +1,21 @@
-"""What a built package would hold, against the tree."""
+"""What a built package would hold, against the tree; and wheels that are built."""
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import edgekv
+from edgekv.kernels.cpu.build import SOURCES, library_name
+from tests.kernels.cpu import compiler
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -35,3 +46,71 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = project()["project"]["version"]
     assert edgekv.__version__ == version
     assert f"## {version}" in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def build_wheel(folder: Path, path: str) -> Path:
+    """A wheel of a copy of the tree, made with the programs in `path`."""
+    copy = folder / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    for name in ("edgekv", "kernels"):  # without the link from one to the other
+        skip = shutil.ignore_patterns("__pycache__", "kernels", "prebuilt")
+        shutil.copytree(REPOSITORY / name, copy / name, ignore=skip)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)]
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def unpacked(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+needs_build = pytest.mark.skipif(
+    importlib.util.find_spec("build") is None or importlib.util.find_spec("setuptools") is None,
+    reason="building wheels needs `build` and `setuptools`",
+)
+
+
+@needs_build
+@pytest.mark.slow
+def test_a_wheel_holds_the_kernels_and_uses_them(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    compiler.install(programs)
+    wheel = build_wheel(tmp_path, str(programs))
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"edgekv-{edgekv.__version__}-py3-none-{platform}.whl"
+    assert compiler.count_linked(programs) == 1
+    installed = unpacked(wheel, tmp_path / "installed")
+    assert not list(installed.glob("*.data"))  # nothing that an installer would have to move
+    sources = {path.name for path in SOURCES.iterdir() if path.is_file()}
+    assert sources <= {path.name for path in (installed / "edgekv/kernels/cpu/src").iterdir()}
+
+    ask = "from edgekv.kernels.cpu.library import load_library; print(load_library().path)"
+    environment = {"PYTHONPATH": str(installed), "PATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    told = subprocess.run([sys.executable, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout.strip() == str(installed / "edgekv/kernels/cpu/prebuilt" / library_name()), told.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_build
+@pytest.mark.slow
+def test_without_a_compiler_a_wheel_is_for_any_machine(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path, "")
+    assert wheel.name == f"edgekv-{edgekv.__version__}-py3-none-any.whl"
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "prebuilt" in name]
+
+
+@needs_build
+@pytest.mark.slow
+def test_a_compiler_that_fails_costs_the_kernels_and_not_the_wheel(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    compiler.install(programs, compile="exit 1")
+    assert build_wheel(tmp_path, str(programs)).name.endswith("-py3-none-any.whl")

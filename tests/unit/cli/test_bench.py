@@ -48,6 +48,14 @@ def test_lengths_are_in_the_servers_own_tokens() -> None:
     assert len(script.asked[0]["messages"][0]["content"].split()) == 150
 
 
+def test_lengths_that_are_given_are_the_same_for_every_server() -> None:
+    script = Script()
+    with openai_server(script) as url:
+        options = ["--system-tokens", "300", "--tokens-per-word", "3"]
+        run(app, ["bench", "serve", "--url", url, "-n", "1", *options])
+    assert len(script.asked[0]["messages"][0]["content"].split()) == 100
+
+
 def test_cold_and_warm_prefixes_are_compared() -> None:
     script = Script(cold_s=0.1)
     with openai_server(script) as url:

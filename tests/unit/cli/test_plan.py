@@ -141,12 +141,13 @@ def test_formats_that_cannot_be_served_yet_are_shown_and_marked(llama: Path) -> 
     formats = {row["name"]: row for row in plan["kv_formats"]}
     assert formats["bfloat16"]["pool_tokens"] == plan["kv"]["pool_tokens"]
     assert formats["float32"]["pool_tokens"] == plan["kv"]["num_blocks"] // 2 * 16
-    assert formats["int8"]["block_bytes"] == 256 * (4096 + 288)
+    assert formats["int8"]["block_bytes"] == 256 * (4096 + 64)
     assert formats["fp8"]["pool_tokens"] == 2 * plan["kv"]["pool_tokens"]
     assert [name for name, row in formats.items() if not row["served"]] == ["fp8", "int8", "int4"]
     text = run(app, ["plan", str(llama), "--vram", "24GiB"]).stdout
     assert re.search(r"^bfloat16 .* ← this plan *$", text, re.MULTILINE)
-    assert re.search(r"^int8 .* not available yet *$", text, re.MULTILINE)
+    assert re.search(r"^fp8 .* not available yet *$", text, re.MULTILINE)
+    assert re.search(r"^int8 .* with the native CPU kernels *$", text, re.MULTILINE)
 
 
 def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
@@ -160,7 +161,8 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--vram", "16GiB"], ["4-bit weights (not available yet) would take 4.21 GiB and leave"]),
+        (["--vram", "16GiB"], ["int8 weights (on a card not available yet) would take 7.95 GiB and leave 51,904 tokens",
+                                 "int4 weights (on a card not available yet) would take 4.70 GiB and leave"]),
         (
             ["--vram", "24GiB", "--dtype", "float32"],
             ["--dtype bfloat16: 14.96 GiB less for the weights; the pool would hold", "it fits then"],
@@ -168,7 +170,7 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
         (
             ["--vram", "24GiB", "--kv-budget", "512MiB"],
             ["--kv-budget 1024MiB: one request of the whole context", "--context 4096: the longest that fits as it is",
-             "int8 KV (not available yet) would hold 7,648 tokens"],
+             "int8 KV (on a card not available yet) would hold 8,064 tokens"],
         ),
         (
             ["--vram", "24GiB", "--kv-budget", "512MiB", "--kv-dtype", "float32"],
@@ -230,7 +232,7 @@ def test_the_longest_context_that_fits_is_the_longest(llama: Path) -> None:
     "options",
     [
         ["--vram", "16"], ["--kv-dtype", "fp9"], ["--kv-dtype", "fp8"], ["--kv-budget", "x"], ["--device", "tpu"],
-        ["--draft-kv", "1GiB"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"],
+        ["--draft-kv", "1GiB"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"], ["--weights", "int3"],
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused(llama: Path, options: list[str]) -> None:

@@ -112,7 +112,7 @@ logging: {level: inf}
         "config.yaml:8:36: error: kv.block_size: expected a power of two between 8 and 256, not 10",
         "config.yaml:8:48: error: kv.dtype: 'fp8' is not available yet in this version",
         f"config.yaml:11:11: error: models.m.path: {file.parent}/nowhere: no such folder; "
-        "a model is a folder in Hugging Face's layout",
+        "a model is a folder in Hugging Face's layout or a .gguf file",
         "config.yaml:12:15: error: models.m.aliases[0]: 'm' is a model's name",
         "config.yaml:13:13: error: models.m.device: no device 'xx': name one of auto, cpu",
         "config.yaml:14:5: error: models.m.draft: not available yet in this version",
@@ -143,6 +143,9 @@ logging: {level: inf}
         ("models: {m: {}}", "1:10: error: models.m.path: required, but not given"),
         ("models: {m: {path: .}}", "1:20: error: models.m.path: "),
         ("models: {m: {path: model, context: -1}}", "1:36: error: models.m.context: expected a number of tokens"),
+        ("models: {m: {path: model, weights: int3}}", "1:36: error: models.m.weights: expected 'auto', 'int8'"),
+        ("models: {m: {path: model, dtype: int8}}", "1:34: error: models.m.dtype: expected 'auto', 'float32', "),
+        ("kv: {dtype: int4}", "1:13: error: kv.dtype: 'int4' is not available yet"),
         ("models: {m: {path: model, load: on-demand}}", "1:33: error: models.m.load: 'on-demand' is not available yet"),
         ("models: {m: {path: model}, n: {path: model}}", "1:31: error: models.n: a second model is not available yet"),
         ("priorities: {batch: {weight: 0}}", "1:30: error: priorities.batch.weight: must be at least 1, not 0"),
@@ -230,6 +233,16 @@ def test_a_device_says_what_it_leaves_to_others_and_what_edgekv_may_have(file: P
         file, text.format("94%"), ["devices.a.vram_budget=4GiB"], {"EDGEKV_DEVICES__A__DESKTOP_RESERVE": "1GiB"}
     )
     assert (found.devices["a"].vram_budget, found.devices["a"].desktop_reserve_bytes) == (4 * GIB, GIB)
+
+
+def test_weights_and_keys_can_be_quantised(file: Path) -> None:
+    config = load(file, "kv: {dtype: int8}\nmodels: {m: {path: model, weights: int4}}")
+    place = Place("cpu", "cpu", "CPU", 1 << 30)
+    settings = EngineSettings.from_config(config, config.models["m"], place)
+    assert (settings.weight_format, settings.kv_dtype, settings.dtype) == ("int4", "int8", None)
+    config = load(file, "models: {m: {path: model, kv: {dtype: int8}}}")
+    assert EngineSettings.from_config(config, config.models["m"], place).kv_dtype == "int8"
+    assert config.models["m"].weights == "auto"
 
 
 def test_each_priority_has_its_own_patience(file: Path) -> None:
@@ -321,3 +334,24 @@ def test_checking_takes_no_time_worth_speaking_of(file: Path) -> None:
     for _ in range(5):
         load(file, (REPOSITORY / "config.yaml").read_text())
     assert (time.perf_counter() - started) / 5 < 0.2
+
+
+def test_a_model_may_be_a_gguf_file(file: Path) -> None:
+    def found(path: str) -> list[str]:
+        return faults(file, f"models: {{m: {{path: {path}}}}}")
+
+    (file.parent / "a.gguf").write_bytes(b"GGUF and so on")
+    (file.parent / "b.gguf").write_bytes(b"PK and so on")
+    file.write_text("models: {m: {path: a.gguf}}")
+    assert load_config(file).models["m"].path == file.parent / "a.gguf"
+    assert found("b.gguf") == [
+        f"config.yaml:1:20: error: models.m.path: {file.parent}/b.gguf: not a GGUF file; "
+        "a model is a folder in Hugging Face's layout or a .gguf file"
+    ]
+    assert "c.gguf: cannot be read: No such file" in found("c.gguf")[0]
+    assert "holds several GGUF files, name one: a.gguf, b.gguf" in found(".")[0]
+    (file.parent / "b.gguf").unlink()
+    file.write_text("models: {m: {path: .}}")
+    assert load_config(file).models["m"].path == file.parent
+    (file.parent / "a.gguf").unlink()
+    assert "neither config.json nor a .gguf file in it" in found(".")[0]

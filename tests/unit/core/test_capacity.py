@@ -13,6 +13,7 @@ from edgekv.core.capacity import (
     RUNTIME_BYTES,
     Draft,
     MemoryPlan,
+    WeightBytes,
     auto_kv_budget,
     beyond_window_bytes,
     choose_dtype,
@@ -123,6 +124,23 @@ def test_the_dtype_that_is_chosen(checkpoint: str, parameters: int, device: str,
     choice = choose_dtype(checkpoint, parameters, device)  # type: ignore[arg-type]
     assert choice.name == chosen
     assert choice.reason
+
+
+def test_quantised_weights_stay_so_on_the_native_kernels_and_are_unpacked_without() -> None:
+    small, large = 1 << 29, 1 << 33
+    for parameters in (small, large):
+        kept = choose_dtype("float16", parameters, "cpu", quantised=True, native=True)
+        assert (kept.name, kept.keeps_stored) == ("bfloat16", True)
+        assert not choose_dtype("float16", parameters, "cpu", native=True).keeps_stored
+    for parameters, device, name, why in (
+        (small, "cpu", "float32", "native CPU kernels are not in use"),
+        (large, "cpu", "bfloat16", "native CPU kernels are not in use"),
+        (large, "card", "float16", "no kernels for them on a card yet"),
+    ):
+        made = choose_dtype("float16", parameters, device, quantised=True)  # type: ignore[arg-type]
+        assert (made.name, made.keeps_stored) == (name, False)
+        assert made.reason.startswith(f"the quantised weights are unpacked to {name}: ")
+        assert why in made.reason
 
 
 SMALL_DRAFT = Shape(
@@ -237,27 +255,29 @@ def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_block"),
-    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales: 128 of K and 16 of V, two bytes each
-    [("float32", 4096 * 4), ("bfloat16", 4096 * 2), ("float16", 4096 * 2), ("fp8", 4096), ("int8", 4096 + 288),
+    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales of two bytes: for each token of K and of V (int8),
+    # or for each of 128 channels of K and each token of V (int4)
+    [("float32", 4096 * 4), ("bfloat16", 4096 * 2), ("float16", 4096 * 2), ("fp8", 4096), ("int8", 4096 + 64),
      ("int4", 2048 + 288)],
 )  # fmt: skip
 def test_blocks_of_each_format(name: KVFormatName, bytes_per_block: int) -> None:
     made = KV_FORMATS[name]
     assert made.block_bytes(LLAMA_8B, 16) == 256 * bytes_per_block
-    assert made.served == (name in ("float32", "bfloat16", "float16"))
+    assert made.is_served(native=False) == (name in ("float32", "bfloat16", "float16"))
+    assert made.is_served(native=True) == (name in ("float32", "bfloat16", "float16", "int8"))
     kv = plan_kv(LLAMA_8B, kv_format=name, block_size=16, budget_bytes=GIB)
     assert kv.num_blocks == GIB // (256 * bytes_per_block)
     assert kv.bytes_per_token == -(-256 * bytes_per_block // 16)
 
 
 def test_a_token_reads_every_weight_once_and_what_its_windows_show() -> None:
-    asked = {"dtype": "bfloat16", "kv_format": "bfloat16", "block_size": 16}
-    tied = decode_read_bytes(LLAMA_8B, context_tokens=0, tied=True, **asked)  # type: ignore[arg-type]
-    assert tied == 2 * LLAMA_8B.num_parameters
-    untied = decode_read_bytes(LLAMA_8B, context_tokens=1000, tied=False, **asked)  # type: ignore[arg-type]
-    assert untied == tied - 2 * 128_256 * 4096 + 1000 * 128 * 1024
+    weights = WeightBytes(total=5000, step=4000, kinds={"q8_0": 5000})
+    asked = {"weights": weights, "kv_format": "bfloat16", "block_size": 16}
+    assert decode_read_bytes(LLAMA_8B, context_tokens=0, **asked) == 4000  # type: ignore[arg-type]
+    far = decode_read_bytes(LLAMA_8B, context_tokens=1000, **asked)  # type: ignore[arg-type]
+    assert far == 4000 + 1000 * 128 * 1024
     half = Shape(32, 8, 128, windows=(512, None) * 16)
-    seen = decode_read_bytes(half, context_tokens=1000, tied=True, **asked) - tied  # type: ignore[arg-type]
+    seen = decode_read_bytes(half, context_tokens=1000, **asked) - 4000  # type: ignore[arg-type]
     assert seen == (16 * 512 + 16 * 1000) * 4096
 
 
@@ -267,6 +287,18 @@ def test_what_lies_behind_a_window_is_whole_blocks_of_its_layers() -> None:
     assert beyond_window_bytes(shape, context_tokens=512 + 33, **asked) == 16 * 2 * 16 * 4096  # type: ignore[arg-type]
     assert beyond_window_bytes(shape, context_tokens=512, **asked) == 0  # type: ignore[arg-type]
     assert beyond_window_bytes(LLAMA_8B, context_tokens=8192, **asked) == 0  # type: ignore[arg-type]
+
+
+def test_weights_take_what_the_checkpoint_says() -> None:
+    weights, of_draft = WeightBytes(5 * GIB, 4 * GIB, {"q4_K": 5 * GIB}), WeightBytes(GIB, GIB, {"q8_0": GIB})
+    draft = Draft(SMALL_DRAFT, "bfloat16", GIB, of_draft)
+    made = plan(24 * GIB, weights=weights, draft=draft)
+    assert (made.weight_bytes, made.leases["weights"]) == (5 * GIB, 5 * GIB)
+    assert made.draft is not None
+    assert made.draft.weight_bytes == made.leases["weights.draft"] == GIB
+    less = 2 * LLAMA_8B.num_parameters - 5 * GIB + 200_000_000 - GIB
+    more = made.kv.pool_bytes - plan(24 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16", GIB)).kv.pool_bytes
+    assert abs(more - less) < 2 * made.kv.block_bytes
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:

@@ -276,7 +276,7 @@ def test_an_unknown_architecture_lists_the_supported(tmp_path: Path) -> None:
         (LLAMA_2_7B, "rope_theta", 0),
         (LLAMA_2_7B, "rope_scaling", "linear"),
         (LLAMA_2_7B, "partial_rotary_factor", 0.5),
-        (LLAMA_2_7B, "quantization_config", {"quant_method": "gptq"}),
+        (LLAMA_2_7B, "quantization_config", {"quant_method": "bitsandbytes"}),
         (LLAMA_2_7B, "tie_word_embeddings", "no"),
         (MISTRAL_7B, "sliding_window", 0),
         (MISTRAL_7B, "num_key_value_heads", None),

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from edgekv.model.json_fields import Fields
 from edgekv.model.rope import RotaryEmbedding, inverse_frequencies
 from edgekv.model.rope_config import read_rope
-from edgekv.model.spec import RopeSpec
+from edgekv.model.spec import FrequencyFactors, RopeSpec
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -45,6 +45,12 @@ def test_frequencies_and_angles_equal_those_of_transformers(parameters: dict[str
     rotation = RotaryEmbedding(rope, head_dim, torch.device("cpu")).at(positions)
     assert torch.allclose(rotation.apply(q), expected_q[0], atol=1e-6, rtol=0)
     assert torch.allclose(rotation.apply(k), expected_k[0], atol=1e-6, rtol=0)
+
+
+def test_a_factor_of_its_own_divides_each_frequency() -> None:
+    factors = (1.0, 1.5, 8.0, 3.0)
+    plain = inverse_frequencies(RopeSpec(1e4), 8)
+    assert torch.equal(inverse_frequencies(RopeSpec(1e4, FrequencyFactors(factors)), 8), plain / torch.tensor(factors))
 
 
 def test_rotation_leaves_its_argument_alone_and_keeps_its_dtype() -> None:

@@ -1,0 +1,207 @@
+"""edgekv beside its peers: same machine, same weights, same client, in turns.
+
+    python -m bench.peers.compare MODEL_FOLDER --llama-bin DIR --vllm VENV --out results.jsonl
+
+Each line of the output is one row of one system in one round; what is there already is not measured again, so a run
+that was broken off goes on where it was. In every round the systems take turns, another one first each time, with a
+seed of the round's own; servers that are not measured are frozen. `python -m bench.peers.table results.jsonl` makes
+the table.
+
+Runs in: the main thread; owns: every process that it starts.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.peers.process import Server, ServerFailed
+from bench.peers.rows import ROWS, Result, Row, RowFailed, Task
+from bench.peers.systems import SYSTEMS, Paths, launch
+from bench.peers.table import show
+from edgekv.cli.load import TOKENS_PER_WORD, WORDS
+from edgekv.cli.machine import LoadWatch, machine_line
+from edgekv.model.hf_config import read_spec
+from edgekv.text.tokenizer import load_tokenizer
+
+
+class Sitting:
+    """The results so far. Invariant: the file has a line for each, and never two for the same turn."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.lines: list[dict[str, Any]] = []
+        if out.exists():
+            self.lines = [json.loads(line) for line in out.read_text().splitlines() if line.strip()]
+        if not self.lines:
+            self.add({"machine": machine_line(), "at": _now()})
+
+    def has(self, weights: str, row: str, system: str, number: int) -> bool:
+        """Whether this turn was taken."""
+        return any(line.get("turn") == [weights, row, system, number] for line in self.lines)
+
+    def seed(self, weights: str, row: str, number: int) -> int:
+        """The round's: the same for all systems, and never used before it."""
+        for line in self.lines:
+            if "turn" in line and line["turn"][:2] + line["turn"][3:] == [weights, row, number]:
+                return int(line["seed"])
+        return secrets.randbelow(1 << 31)
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self._out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+
+
+class Servers:
+    """The servers of one kind of weights, started when they are first needed and frozen in between."""
+
+    def __init__(self, weights: str, paths: Paths) -> None:
+        self._weights, self._paths = weights, paths
+        self._running: dict[str, Server] = {}
+        self._failed: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def awake(self, system: str) -> Iterator[str]:
+        """The endpoint of a system. Raises ServerFailed, at once for one that failed before."""
+        if system in self._failed:
+            raise ServerFailed(self._failed[system])
+        if system not in self._running:
+            log = self._paths.scratch / f"{system.replace(' ', '-')}-{self._weights}.log"
+            _say(f"starting {system}")
+            try:
+                server = Server(launch(system, self._weights, self._paths), log)
+            except ServerFailed as error:
+                self._failed[system] = str(error)
+                raise
+            server.freeze()
+            self._running[system] = server
+        try:
+            with self._running[system].awake() as url:
+                yield url
+        except (RowFailed, ServerFailed):
+            # Whatever is wrong with it, the next row gets a fresh one.
+            self._running.pop(system).stop()
+            raise
+
+    def stop(self) -> None:
+        for server in self._running.values():
+            server.stop()
+        self._running.clear()
+
+
+class Comparison:
+    """All rows of all formats, in turns."""
+
+    def __init__(self, sitting: Sitting, paths: Paths, rounds: int, systems: tuple[str, ...]) -> None:
+        self._sitting, self._paths, self._rounds, self._systems = sitting, paths, rounds, systems
+        tokenizer = load_tokenizer(paths.folder)
+        words = len(tokenizer.encode(" ".join(WORDS), add_special_tokens=False, parse_special=False))
+        self._tokens_per_word = words / len(WORDS) if words else TOKENS_PER_WORD
+        self._vocab_size = read_spec(paths.folder).vocab_size
+
+    def run(self, weights: str, rows: list[Row]) -> None:
+        """What is missing of these rows."""
+        servers = Servers(weights, self._paths)
+        try:
+            for number in range(1, self._rounds + 1):
+                for row in rows:
+                    self._round(weights, row, number, servers)
+        finally:
+            servers.stop()
+
+    def _round(self, weights: str, row: Row, number: int, servers: Servers) -> None:
+        systems = [system for system in row.systems(weights) if not self._systems or system in self._systems]
+        turns = systems[number % len(systems) :] + systems[: number % len(systems)] if systems else []
+        for system in turns:
+            if self._sitting.has(weights, row.name, system, number):
+                continue
+            lacking = self._paths.lacks(system, weights)
+            if lacking is not None:
+                _say(f"{weights} {row.name} {system}: left out, {lacking}")
+                continue
+            try:
+                self._turn(weights, row, system, number, servers)
+            except (RowFailed, ServerFailed) as error:
+                _say(f"{weights} {row.name} {system}: {error}")
+
+    def _turn(self, weights: str, row: Row, system: str, number: int, servers: Servers) -> None:
+        seed = self._sitting.seed(weights, row.name, number)
+        with servers.awake(system) if row.is_http else contextlib.nullcontext("") as url:
+            task = Task(system, weights, seed, self._paths, self._vocab_size, self._tokens_per_word, url)
+            watch, begun = LoadWatch(), time.monotonic()
+            result = row.measure(task)
+            others, took = watch.read(), time.monotonic() - begun
+        line = {
+            "turn": [weights, row.name, system, number], "seed": seed, "at": _now(), "seconds": round(took, 1),
+            "others_cores": round(others.busy_cores, 2), "stolen_cores": round(others.stolen_cores, 2),
+            **asdict(result),
+        }  # fmt: skip
+        self._sitting.add(line)
+        _say(f"{weights} {row.name} {system}, round {number}: {_summary(result)} ({took:.0f} s, {others})")
+
+
+def _summary(result: Result) -> str:
+    return "; ".join(
+        f"{name} {' '.join(f'{sample:,.1f}' for sample in measure.samples)} {measure.unit}"
+        for name, measure in result.measures.items()
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _chosen(asked: str, known: list[str]) -> list[str]:
+    """The asked names in the order in which they are known. Raises ArgumentTypeError for one that is not."""
+    names = asked.split(",") if asked else known
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def main() -> None:
+    row_names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(description="Measure edgekv beside llama.cpp and vLLM.")
+    parser.add_argument("folder", type=Path, help="a model folder with its GGUF files beside it (bench.peers.convert)")
+    parser.add_argument("--llama-bin", type=Path, default=os.environ.get("LLAMA_CPP_BIN"))
+    parser.add_argument("--vllm", type=Path, default=os.environ.get("VLLM_VENV"), help="its virtual environment")
+    parser.add_argument("--preload", default=os.environ.get("VLLM_PRELOAD", ""), help="LD_PRELOAD of vLLM's server")
+    parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line; may exist")
+    parser.add_argument("--rows", type=lambda asked: _chosen(asked, row_names), default=row_names)
+    parser.add_argument("--weights", type=lambda asked: _chosen(asked, list(SYSTEMS)), default=list(SYSTEMS))
+    parser.add_argument("--systems", default="", help="only these, by their names in the table, with commas between")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    rows = [row for row in ROWS if row.name in options.rows]
+    systems = tuple(options.systems.split(",")) if options.systems else ()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))  # so that no server is left behind, frozen for ever
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        paths = Paths(
+            options.folder.resolve(), Path(scratch), options.llama_bin, options.vllm, options.threads, options.preload
+        )
+        sitting = Sitting(options.out)
+        comparison = Comparison(sitting, paths, options.rounds, systems)
+        for weights in options.weights:
+            comparison.run(weights, rows)
+    show(sitting.lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What is measured of a system, each in less than two minutes. Runs in: the main thread; owns: the client processes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.peers.client import Client
+from bench.peers.systems import EDGEKV, LLAMA, LLAMA_SLOTS, SYSTEMS, VLLM, Paths, edgekv_bench, family, llama_bench
+
+MOST_S = 600
+STREAM_TOKENS = 128
+# The chat template and the number in front of each prompt take about 30 tokens.
+TAIL_TOKENS = STREAM_TOKENS - 30
+
+
+class RowFailed(Exception):
+    """A measurement came to nothing; the others go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Samples of one quantity. `more` says whether more of it is better."""
+
+    unit: str
+    samples: Sequence[float]
+    more: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a row found, by the name of the quantity, and how."""
+
+    measures: Mapping[str, Measure]
+    command: str
+    detail: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row for one system. `url` is its server where the row needs one."""
+
+    system: str
+    weights: str
+    seed: int
+    paths: Paths
+    vocab_size: int
+    tokens_per_word: float
+    url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the comparison: over HTTP or in the program itself."""
+
+    name: str
+    is_http: bool
+    measure: Callable[[Task], Result]
+    weights: tuple[str, ...] = tuple(SYSTEMS)
+
+    def systems(self, weights: str) -> tuple[str, ...]:
+        """Who takes part, in the order of the table."""
+        if weights not in self.weights:
+            return ()
+        found: list[str] = []
+        for system in SYSTEMS[weights]:
+            if system == LLAMA and self.name == "prefix":
+                found += [name for name in LLAMA_SLOTS if name != LLAMA]
+            elif system != VLLM or self.is_http:
+                found.append(system)
+        return tuple(found)
+
+
+def decode(task: Task) -> Result:
+    """Tokens a second of one sequence after 128 and 2,048 tokens."""
+    if family(task.system) == LLAMA:
+        command = llama_bench(task.weights, task.paths, "-p", "0", "-n", "32", "-d", "128,2048", "-r", "3")
+        rows = _json_lines(_run(command))
+        return Result({_decode_name(row["n_depth"]): _rate(row["samples_ts"]) for row in rows}, _shown(command))
+    options = ("--contexts", "128,2048", "--batch", "1", "--prefill", "", "--steps", "32", "--repeat", "3")
+    command = edgekv_bench(task.system, task.weights, task.paths, *options)
+    found = json.loads(_run(command))
+    measures = {_decode_name(row["context"]): _rate(row["samples_tok_s"]) for row in found["decode"]}
+    return Result(measures, _shown(command), found)
+
+
+def prefill(task: Task) -> Result:
+    """Prompt tokens a second of 512 and 2,048 tokens."""
+    if family(task.system) == LLAMA:
+        command = llama_bench(task.weights, task.paths, "-p", "512,2048", "-n", "0", "-r", "2")
+        rows = _json_lines(_run(command))
+        return Result({f"prefill {row['n_prompt']}": _rate(row["samples_ts"]) for row in rows}, _shown(command))
+    options = ("--contexts", "", "--batch", "1", "--prefill", "512,2048", "--repeat", "2")
+    command = edgekv_bench(task.system, task.weights, task.paths, *options)
+    found = json.loads(_run(command))
+    measures = {f"prefill {row['tokens']}": _rate(row["samples_tok_s"]) for row in found["prefill"]}
+    return Result(measures, _shown(command), found)
+
+
+def stream(task: Task) -> Result:
+    """The same over HTTP."""
+    client = Client(task.url, task.vocab_size, task.seed)
+    try:
+        client.measure(32, 4, repeat=1)
+        short, *prompts = client.measure(128, 32, repeat=3), client.measure(512, 0, 0), client.measure(512, 0, 0)
+        long = client.measure(2048, 32, repeat=3)
+    finally:
+        client.close()
+    measures = {
+        "HTTP prefill 512": _rate([prompt.prefill_tok_s for prompt in prompts]),
+        "HTTP prefill 2048": _rate([long.prefill_tok_s]),
+        f"HTTP {_decode_name(128)}": _rate(short.decode_tok_s),
+        f"HTTP {_decode_name(2048)}": _rate(long.decode_tok_s),
+    }
+    return Result(measures, "bench/peers/client.py")
+
+
+def streams(number: int) -> Callable[[Task], Result]:
+    """So many streams at once, each with a prompt of its own."""
+
+    def measure(task: Task) -> Result:
+        options = ["--requests", str(number), "--concurrency", str(number), "--system-tokens", "0"]
+        options += ["--tail-tokens", str(TAIL_TOKENS), "--max-tokens", str(STREAM_TOKENS)]
+        found, command = _bench_serve(task, *options)
+        measures = {
+            f"{number} streams": _rate([found["output_tok_s"]]),
+            f"{number} streams, a token": Measure("ms", [found["tpot_ms"]["p50"]], more=False),
+        }
+        return Result(measures, command, found)
+
+    return measure
+
+
+def prefix(task: Task) -> Result:
+    """Chats that share a system prompt, one a second on average."""
+    options = ["--requests", "16", "--rate", "1", "--system-tokens", "1500", "--tail-tokens", "60", "--max-tokens"]
+    found, command = _bench_serve(task, *options, "64")
+    measures = {
+        "shared prefix, output": _rate([found["output_tok_s"]]),
+        "shared prefix, first token p50": Measure("ms", [found["ttft_ms"]["p50"]], more=False),
+        "shared prefix, first token p99": Measure("ms", [found["ttft_ms"]["p99"]], more=False),
+    }
+    return Result(measures, command, found)
+
+
+ROWS = (
+    Row("decode", False, decode),
+    Row("prefill", False, prefill),
+    Row("stream", True, stream),
+    Row("streams-1", True, streams(1)),
+    Row("streams-8", True, streams(8)),
+    Row("streams-16", True, streams(16)),
+    Row("prefix", True, prefix, weights=("bf16", "q4_0")),
+)
+
+
+def _bench_serve(task: Task, *options: str) -> tuple[dict[str, Any], str]:
+    command = [
+        sys.executable, "-m", "edgekv", "bench", "serve", "--url", task.url, "--json", "--seed", str(task.seed),
+        "--tokens-per-word", f"{task.tokens_per_word:.4f}", "--extra", '{"ignore_eos": true}', *options,
+    ]  # fmt: skip
+    found = json.loads(_run(command))
+    if found["errors"]:
+        raise RowFailed(f"{found['errors']} chats failed: {found['first_errors']}")
+    return found, _shown(command)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_S)
+    except subprocess.TimeoutExpired:
+        raise RowFailed(f"{_shown(command)} took more than {MOST_S} s") from None
+    if done.returncode:
+        raise RowFailed(f"{_shown(command)} exited with {done.returncode}: {(done.stderr or done.stdout)[-800:]}")
+    return done.stdout
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def _decode_name(context: int) -> str:
+    return f"decode, context {context}"
+
+
+def _rate(samples: Sequence[float]) -> Measure:
+    return Measure("tok/s", [round(sample, 3) for sample in samples])
+
+
+def _shown(command: list[str]) -> str:
+    """Without where things lie on this machine."""
+    names = [word.rsplit("/", 1)[-1] if word.startswith("/") else word for word in command]
+    return " ".join(names).replace(f"{sys.executable.rsplit('/', 1)[-1]} -m {EDGEKV}", EDGEKV)

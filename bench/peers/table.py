@@ -1,0 +1,114 @@
+"""The comparison as one Markdown table: medians, the better of the peers, and the ratio to it.
+
+    python -m bench.peers.table results.jsonl
+
+Runs in: anywhere; owns: nothing.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.peers.systems import EDGEKV, LLAMA, VLLM, family
+from edgekv.cli.load import percentile
+
+
+@dataclass(slots=True)
+class Quantity:
+    """One quantity of one kind of weights: its samples by system."""
+
+    unit: str
+    more: bool
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def median(self, system: str) -> float:
+        return statistics.median(self.samples[system])
+
+    def good(self, system: str) -> float:
+        """The tenth percentile of times: what it does when nothing disturbs it."""
+        found = percentile(self.samples[system], 90 if self.more else 10)
+        assert found is not None
+        return found
+
+    def best(self, *families: str) -> str | None:
+        """Of these families' systems the one with the best median; None if none was measured."""
+        known = [system for system in self.samples if family(system) in families]
+        if not known:
+            return None
+        return max(known, key=lambda system: self.median(system) if self.more else -self.median(system))
+
+    def ratio(self) -> float | None:
+        """Ours to the best peer's, of medians; None if one is missing."""
+        ours, peer = self.best(EDGEKV), self.best(LLAMA, VLLM)
+        return self.median(ours) / self.median(peer) if ours and peer and self.median(peer) else None
+
+
+def gather(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Quantity]:
+    """By weights and the quantity's name, in the order of the file."""
+    found: dict[tuple[str, str], Quantity] = {}
+    for line in lines:
+        for name, measure in line.get("measures", {}).items():
+            weights, _, system, _ = line["turn"]
+            quantity = found.setdefault((weights, name), Quantity(measure["unit"], measure["more"]))
+            quantity.samples[system] += measure["samples"]
+    return found
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """The whole table with the line about the machine above it."""
+    text: list[str] = []
+    turns = [line for line in lines if "turn" in line]
+    machines = [line["machine"] for line in lines if "machine" in line]
+    text += [f"Machine: {machine}." for machine in dict.fromkeys(machines)]
+    if turns:
+        others = [line["others_cores"] for line in turns]
+        stolen = [line["stolen_cores"] for line in turns]
+        text.append(
+            f"{turns[0]['at']} to {turns[-1]['at']}; other programs used {statistics.median(others):.2f} cores in the "
+            f"median turn and {max(others):.2f} in the worst, other virtual machines {statistics.median(stolen):.2f} "
+            f"and {max(stolen):.2f}."
+        )
+    text += [
+        "Median, and in parentheses the best tenth and the number of samples. Ratio: edgekv's median to the better "
+        "peer's; where less is better (ms), below 1 is better.",
+        "",
+        "| weights | what | llama.cpp | vLLM | edgekv | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (weights, name), quantity in gather(lines).items():
+        cells = [_cell(quantity, LLAMA), _cell(quantity, VLLM), _cell(quantity, EDGEKV)]
+        ratio = quantity.ratio()
+        shown = "" if ratio is None else f"**{ratio:.2f}**"
+        text.append(f"| {weights} | {name}, {quantity.unit} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(text)
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    print(f"\n{markdown(lines)}")
+
+
+def _cell(quantity: Quantity, name: str) -> str:
+    """All systems of a family, the best first, by what their names add to the family's."""
+    systems = [system for system in quantity.samples if family(system) == name]
+    systems.sort(key=quantity.median, reverse=quantity.more)
+    cells = []
+    for system in systems:
+        variant = system.removeprefix(name).strip()
+        count = len(quantity.samples[system])
+        value = f"{quantity.median(system):,.1f} ({quantity.good(system):,.1f}; {count})"
+        cells.append(f"{variant}: {value}" if variant else value)
+    return "<br>".join(cells)
+
+
+def main() -> None:
+    lines = [json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines() if line.strip()]
+    show(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""How fast this machine reads its memory, measured as the kernels read it. Runs in: the main thread; owns: a buffer."""
+
+import time
+
+import torch
+
+from edgekv.kernels.cpu.library import load_library
+from edgekv.kernels.cpu.program import Pool
+from edgekv.kernels.cpu.threads import default_threads
+
+BUFFER_BYTES = 512 << 20  # far beyond any cache
+ROUNDS = 5
+
+
+class ReadMeter:
+    """Reads a buffer on the threads of a pool of the compiled kernels; without one with torch.
+
+    `title` says which.
+    """
+
+    def __init__(self, pool: Pool | None) -> None:
+        self._buffer, self._pool = torch.ones(BUFFER_BYTES // 4), pool
+        threads = torch.get_num_threads() if pool is None else pool.threads
+        self.title = f"{'torch' if pool is None else 'the kernels'}, {threads} threads"
+
+    def read(self) -> float:
+        """Bytes a second, the best of a few passes: whatever disturbs one of them is no property of the memory."""
+        return BUFFER_BYTES / min(self._pass() for _ in range(ROUNDS))
+
+    def _pass(self) -> float:
+        begun = time.perf_counter()
+        if self._pool is None:
+            self._buffer.sum()
+        else:
+            self._pool.read(self._buffer.data_ptr(), BUFFER_BYTES)  # torch aligns to 64 bytes
+        return time.perf_counter() - begun
+
+
+def read_meter(*, native: bool) -> ReadMeter:
+    """A meter for an engine; with the kernels where it runs on them."""
+    return ReadMeter(Pool(load_library(), default_threads()) if native else None)

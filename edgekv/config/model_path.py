@@ -1,0 +1,29 @@
+"""What a model's path means: a folder in Hugging Face's layout, or a GGUF file. Runs in: anywhere; owns: nothing."""
+
+import re
+from pathlib import Path
+
+from edgekv.errors import ModelError
+
+LAYOUTS = "a folder in Hugging Face's layout or a .gguf file"
+_LATER_PART = re.compile(r".+-(?!00001)\d{5}-of-\d{5}\.gguf", re.DOTALL)
+
+
+def gguf_at(path: Path) -> Path | None:
+    """The GGUF file that `path` stands for; None where it is a folder in Hugging Face's layout, or nothing at all.
+
+    A folder without config.json stands for the one GGUF file in it; the parts of a split file count as one, its first.
+    Raises ModelError naming all files of a folder that holds several.
+    """
+    if path.is_file() or (path.suffix == ".gguf" and not path.is_dir()):
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    try:
+        found = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
+    except OSError as fault:
+        raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+    found = [file for file in found if not _LATER_PART.fullmatch(file.name)] or found[:1]
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds several GGUF files, name one: {', '.join(file.name for file in found)}")
+    return found[0] if found else None

@@ -1,0 +1,124 @@
+"""The native CPU kernels for one engine: whether they run its model, and how it is loaded for them.
+
+Runs in: the thread that loads; owns: nothing once it returns.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.engine.native_pool import NativeKVPool
+from edgekv.engine.settings import EngineSettings, weight_form
+from edgekv.kernels.cpu.abi import Matrix
+from edgekv.kernels.cpu.library import KernelsUnavailable, load_library
+from edgekv.kernels.cpu.program import Pool
+from edgekv.kernels.cpu.threads import default_threads
+from edgekv.kernels.quant.encodings import Encoding
+from edgekv.model.lowering import lower, unsupported
+from edgekv.model.native_lm import NativeLM
+from edgekv.model.packed_weights import PackedPart
+from edgekv.model.packing import load_packed
+from edgekv.model.spec import ModelSpec
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What runs the model: the kernels of `pool`, or torch where there is none.
+
+    `title` is short, for people: "avx512, 2 threads". `loss`: what is lost without the kernels and what can be done.
+    """
+
+    pool: Pool | None
+    title: str
+    loss: str | None = None
+
+
+def choose_kernels(settings: EngineSettings, spec: ModelSpec) -> tuple[EngineSettings, Kernels]:
+    """The kernels of an engine, compiled first if need be, and its settings with `native` decided.
+
+    Where they cannot run a model on the CPU, torch does, and the log says so once.
+    """
+    if settings.place.kind != "cpu" or settings.native is False:
+        return replace(settings, native=False), Kernels(None, "torch")
+    reason = unsupported(spec, settings.block_size)
+    remedy = ""
+    if reason is None:
+        try:
+            pool = Pool(load_library(), default_threads())
+        except KernelsUnavailable as error:
+            reason, remedy = error.reason, error.remedy
+        except OSError as error:
+            reason = str(error)
+        else:
+            threads = f"{pool.threads} thread{'s' if pool.threads != 1 else ''}"
+            return replace(settings, native=True), Kernels(pool, f"{pool.tier} kernels, {threads}")
+    loss = f"the native CPU kernels cannot run this model: {reason}. torch runs it, several times slower"
+    if remedy:
+        loss += f"; {remedy}"
+    _log.warning("%s", loss)
+    return replace(settings, native=False), Kernels(None, "torch", loss)
+
+
+class LibraryPacker:
+    """Packs rows with the library, on the pool's threads."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def pack(
+        self,
+        encoding: Encoding,
+        rows: npt.NDArray[np.uint8],
+        part_rows: npt.NDArray[np.int64],
+        part: PackedPart,
+    ) -> None:
+        """Row i of `rows` [rows, row bytes] becomes row part_rows[i] of `part`, whose memory was zeros."""
+        matrix = Matrix(part.data.ctypes.data, part.format, part.rows, part.cols, part.group)
+        error = self._pool.library.functions.ek_pack(
+            self._pool.handle,
+            encoding.number,
+            encoding.group,
+            rows.ctypes.data,
+            rows.shape[1],
+            rows.shape[0],
+            part_rows.ctypes.data,
+            ctypes.byref(matrix),
+        )
+        if error:
+            raise ValueError(f"cannot pack {encoding.name} rows of {part.cols} columns: error {error}")
+
+
+def load_native(
+    settings: EngineSettings,
+    spec: ModelSpec,
+    choice: DtypeChoice,
+    pool: Pool,
+    progress: Callable[[int, int, str], None],
+) -> NativeLM:
+    """The model in panels. Raises ModelError naming the file and the tensor."""
+    lowered = load_packed(
+        settings.folder,
+        spec,
+        lower,
+        form=weight_form(settings, choice),
+        packer=LibraryPacker(pool),
+        progress=progress,
+    )
+    return NativeLM(lowered, pool)
+
+
+def native_kv_pool(spec: ModelSpec, memory: MemoryPlan) -> NativeKVPool:
+    """An empty pool in the plan's format."""
+    return NativeKVPool(
+        spec,
+        kv_format=memory.kv_dtype,
+        block_size=memory.kv.block_size,
+        segment_blocks=memory.kv.segment_blocks,
+    )

@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+
+from bench.peers.systems import family
+from bench.peers.table import gather, markdown
+
+
+def turn(
+    weights: str, system: str, name: str, samples: list[float], *, more: bool = True, number: int = 1
+) -> dict[str, Any]:
+    measures = {name: {"unit": "tok/s" if more else "ms", "samples": samples, "more": more}}
+    return {
+        "turn": [weights, "row", system, number], "seed": 1, "at": "2026-11-22 09:00:00", "others_cores": 0.1,
+        "stolen_cores": 0.0, "measures": measures,
+    }  # fmt: skip
+
+
+def test_a_cell_is_the_median_over_all_rounds_and_the_best_tenth() -> None:
+    lines = [turn("bf16", "edgekv", "decode", [10.0, 30.0]), turn("bf16", "edgekv", "decode", [20.0], number=2)]
+    assert "| bf16 | decode, tok/s |  |  | 20.0 (28.0; 3) |  |" in markdown(lines)
+
+
+def test_the_ratio_is_to_the_better_of_the_peers() -> None:
+    lines = [
+        turn("bf16", "llama.cpp", "decode", [20.0]),
+        turn("bf16", "vLLM", "decode", [25.0]),
+        turn("bf16", "edgekv", "decode", [30.0]),
+    ]
+    [quantity] = gather(lines).values()
+    assert quantity.ratio() == pytest.approx(1.2)
+    assert markdown(lines).endswith("| **1.20** |")
+
+
+def test_where_less_is_better_the_better_peer_is_the_lower_one() -> None:
+    lines = [
+        turn("bf16", "llama.cpp", "first token", [900.0], more=False),
+        turn("bf16", "vLLM", "first token", [700.0], more=False),
+        turn("bf16", "edgekv", "first token", [350.0, 350.0, 100.0], more=False),
+    ]
+    [quantity] = gather(lines).values()
+    assert quantity.ratio() == pytest.approx(0.5)
+    assert quantity.good("edgekv") == pytest.approx(150.0)
+
+
+def test_variants_of_a_system_share_a_cell_the_best_first() -> None:
+    lines = [
+        turn("bf16", "llama.cpp -np 8", "output", [9.0]),
+        turn("bf16", "llama.cpp -np 1", "output", [30.0]),
+        turn("bf16", "edgekv", "output", [60.0]),
+    ]
+    shown = markdown(lines)
+    assert "-np 1: 30.0 (30.0; 1)<br>-np 8: 9.0 (9.0; 1)" in shown
+    assert shown.endswith("| **2.00** |")
+
+
+def test_without_a_peer_there_is_no_ratio() -> None:
+    assert markdown([turn("bf16", "edgekv", "decode", [1.0])]).endswith("|  |")
+
+
+def test_the_machine_and_what_else_it_did_stand_above() -> None:
+    shown = markdown([{"machine": "2 cores", "at": "now"}, turn("bf16", "edgekv", "decode", [1.0])])
+    assert "Machine: 2 cores." in shown
+    assert "other programs used 0.10 cores in the median turn" in shown
+
+
+@pytest.mark.parametrize(
+    ("system", "whose"),
+    [("llama.cpp -np 8 -kvu", "llama.cpp"), ("edgekv int8", "edgekv"), ("vLLM", "vLLM"), ("edgekv", "edgekv")],
+)
+def test_a_variant_belongs_to_its_family(system: str, whose: str) -> None:
+    assert family(system) == whose
