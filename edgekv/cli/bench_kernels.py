@@ -207,7 +207,7 @@ class _Rows:
         self.bandwidths.append(bandwidth)
         median, quick = percentile(times, 50) or 0.0, percentile(times, 10) or 0.0
         return {
-            "us": {"p10": round(quick * 1e6, 1), "p50": round(median * 1e6, 1)},
+            "us": {"p10": round(quick * 1e6, 3), "p50": round(median * 1e6, 3)},
             "calls": len(times),
             "bytes": num_bytes,
             "gb_s": round(num_bytes / median / 1e9, 2),
