@@ -29,24 +29,35 @@ struct fetch_ahead {
   int64_t step;
 };
 
-// As N vectors of b are worked on, of which `vector` is the number of the first. Always inlined: gcc drops calls of
-// functions that do nothing but prefetch.
+// Fetches as vectors of b are worked on, N at a time, `done` of them before. Always inlined: gcc drops calls of functions
+// that do nothing but prefetch.
 template <class F, int N>
-__attribute__((always_inline)) static inline void fetch(const fetch_ahead* ahead, int64_t vector) {
-  const int64_t vectors = 64 / F::B_BYTES;  // of a line
-  if (N == 4) {
-    if (vector % (4 * vectors)) return;
-    const int64_t offset = vector / (4 * vectors) * ahead->step;
-    EK_UNROLL
-    for (int n = 0; n < 4; n++) prefetch(ahead->at[n] + offset);
-  } else {
-    EK_UNROLL
-    for (int n = 0; n < N; n++) {
-      const int64_t line = (vector + n) / vectors;
-      if ((vector + n) % vectors == 0) prefetch(ahead->at[line % 4] + line / 4 * ahead->step);
+struct fetcher {
+  static const uint64_t LINE = 64 / F::B_BYTES;  // vectors of a line
+  fetch_ahead ahead;
+  uint64_t vector;
+  int64_t offset;
+
+  __attribute__((always_inline)) inline fetcher(const fetch_ahead* given, int64_t done)
+      : ahead(given != nullptr ? *given : fetch_ahead()), vector(done), offset(done / 4 / LINE * ahead.step) {}
+
+  __attribute__((always_inline)) inline void next() {
+    if (N == 4) {
+      if (LINE == 1 || vector % (4 * LINE) == 0) {
+        EK_UNROLL
+        for (int n = 0; n < 4; n++) prefetch(ahead.at[n] + offset);
+        offset += ahead.step;
+      }
+    } else {
+      EK_UNROLL
+      for (int n = 0; n < N; n++) {
+        const uint64_t line = (vector + n) / LINE;
+        if ((vector + n) % LINE == 0) prefetch(ahead.at[line % 4] + line / 4 * ahead.step);
+      }
     }
+    vector += N;
   }
-}
+};
 
 struct score_job {
   const char* a;         // queries of the block of rows, [depth][R]
@@ -73,13 +84,13 @@ static void score_block(const score_job* job) {
   const int64_t stride = job->b_stride, depth = job->depth, window = job->window;
   for (int64_t i = 0, number = 0; i < depth; number++) {
     const int64_t until = i + window < depth ? i + window : depth;
-    const fetch_ahead ahead = job->ahead != nullptr ? job->ahead[number] : fetch_ahead();
-    const bool fetches = ahead.at[0] != nullptr;
-    for (int64_t vector = job->vector; i < until; i++, a += R * F::A_BYTES, vector += N) {
+    fetcher<F, N> fetch(job->ahead == nullptr ? nullptr : job->ahead + number, job->vector);
+    const bool fetches = fetch.ahead.at[0] != nullptr;
+    for (; i < until; i++, a += R * F::A_BYTES) {
       typename F::b_type loaded[N];
       EK_UNROLL
       for (int n = 0; n < N; n++) loaded[n] = F::load(b[n] + i * stride);
-      if (fetches) fetch<F, N>(&ahead, vector);
+      if (fetches) fetch.next();
       EK_UNROLL
       for (int r = 0; r < R; r++) {
         const typename F::a_type x = F::spread(a + r * F::A_BYTES);
@@ -116,17 +127,16 @@ static void value_block(const value_job* job) {
     for (int n = 0; n < N; n++) sums[r][n] = F::load_sum(job->out + r * OUT_STRIDE + 16 * n);
   }
   const int64_t stride = job->b_stride, stop = job->stop;
-  const fetch_ahead ahead = job->ahead != nullptr ? *job->ahead : fetch_ahead();
-  const bool fetches = ahead.at[0] != nullptr;
-  int64_t vector = job->vector;
+  fetcher<F, N> fetch(job->ahead, job->vector);
+  const bool fetches = fetch.ahead.at[0] != nullptr;
   for (int64_t i = job->first; i < stop;) {
     const int64_t tile = i / tile_rows, until = (tile + 1) * tile_rows < stop ? (tile + 1) * tile_rows : stop;
     const char* b = job->b[tile] + i % tile_rows * stride + job->b_offset;
-    for (; i < until; i++, b += stride, vector += N) {
+    for (; i < until; i++, b += stride) {
       typename F::b_type loaded[N];
       EK_UNROLL
       for (int n = 0; n < N; n++) loaded[n] = F::load(b + n * F::B_BYTES);
-      if (fetches) fetch<F, N>(&ahead, vector);
+      if (fetches) fetch.next();
       EK_UNROLL
       for (int r = 0; r < R; r++) {
         const typename F::a_type x = F::spread(job->a + r * SCORE_STRIDE * 4 + i * F::A_BYTES);

@@ -8,6 +8,7 @@ namespace {
 const int64_t NUMBERS_PER_ITEM = 8192;
 const int64_t ITEMS_PER_THREAD = 8;
 
+const int64_t MOST_TOKENS = 1ll << 31;  // of a step, and in a context
 const int32_t MOST_HEAD_DIM = 256;  // what attend_products.h and append.h have room for
 
 // The one run: where it is, and what its present phase works on.
@@ -246,28 +247,33 @@ int32_t check_cache(const ek_cache* cache) {
 }
 
 // Every block that is read or written lies in a segment, so that a wrong table is an error and not a crash.
+int32_t check_table(const int64_t* blocks, int64_t count, const ek_cache* cache) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t segment = blocks[i] >> cache->segment_shift;
+    if (segment < 0 || segment >= cache->num_segments || cache->segments[segment].data == nullptr) return EK_ERROR_BLOCK;
+    if ((blocks[i] & ((1ll << cache->segment_shift) - 1)) >= cache->segments[segment].num_blocks) return EK_ERROR_BLOCK;
+  }
+  return EK_OK;
+}
+
 int32_t check_spans(const ek_batch* batch, const ek_cache* cache) {
   int64_t rows = 0;
   for (int64_t span = 0; span < batch->spans; span++) {
     const int64_t start = batch->starts[span], length = batch->lengths[span];
-    if (start < 0 || length < 1 || batch->first_rows[span] != rows) return EK_ERROR_BATCH;
+    if (start < 0 || start > MOST_TOKENS || batch->first_rows[span] != rows) return EK_ERROR_BATCH;
+    if (length < 1 || length > batch->tokens - rows) return EK_ERROR_BATCH;
     rows += length;
-    const int64_t first = batch->table_starts[span], blocks = batch->table_starts[span + 1] - first;
-    if (first < 0 || blocks * cache->block_size < start + length) return EK_ERROR_BLOCK;
-    for (int64_t i = first; i < first + blocks; i++) {
-      const int64_t segment = batch->blocks[i] >> cache->segment_shift;
-      const int64_t slot = batch->blocks[i] & ((1ll << cache->segment_shift) - 1);
-      if (segment < 0 || segment >= cache->num_segments || cache->segments[segment].data == nullptr ||
-          slot >= cache->segments[segment].num_blocks) {
-        return EK_ERROR_BLOCK;
-      }
-    }
+    const int64_t first = batch->table_starts[span], stop = batch->table_starts[span + 1];
+    const int64_t needed = (start + length + cache->block_size - 1) / cache->block_size;
+    if (first < 0 || stop < first || stop - first < needed) return EK_ERROR_BLOCK;
+    const int32_t error = check_table(batch->blocks + first, needed, cache);
+    if (error) return error;
   }
   return rows == batch->tokens ? EK_OK : EK_ERROR_BATCH;
 }
 
 int32_t check_batch(const ek_batch* batch) {
-  if (batch->tokens < 0 || batch->samples < 0 || batch->spans < 0) return EK_ERROR_BATCH;
+  if (batch->tokens < 0 || batch->tokens > MOST_TOKENS || batch->samples < 0 || batch->spans < 0) return EK_ERROR_BATCH;
   if (batch->tokens && (batch->token_ids == nullptr || batch->positions == nullptr)) return EK_ERROR_NULL;
   if (batch->samples && batch->sample_rows == nullptr) return EK_ERROR_NULL;
   for (int64_t i = 0; i < batch->samples; i++) {

@@ -255,8 +255,8 @@ def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_block"),
-    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales of two bytes: for each token of K and of V (int8),
-    # or for each of 128 channels of K and each token of V (int4)
+    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales of two bytes: for each token of K and of V
+    # (int8), or for each of 128 channels of K and each token of V (int4)
     [("float32", 4096 * 4), ("bfloat16", 4096 * 2), ("float16", 4096 * 2), ("fp8", 4096), ("int8", 4096 + 64),
      ("int4", 2048 + 288)],
 )  # fmt: skip
