@@ -5,7 +5,7 @@
 Each line of the output is one row of one system in one round; what is there already is not measured again, so a run
 that was broken off goes on where it was. In every round the systems take turns, another one first each time, with a
 seed of the round's own; servers that are not measured are frozen. `python -m bench.peers.table results.jsonl` makes
-the table.
+the table; what the servers said is in results.jsonl.logs.
 
 Runs in: the main thread; owns: every process that it starts.
 """
@@ -17,7 +17,6 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -76,7 +75,7 @@ class Servers:
         if system in self._failed:
             raise ServerFailed(self._failed[system])
         if system not in self._running:
-            log = self._paths.scratch / f"{system.replace(' ', '-')}-{self._weights}.log"
+            log = self._paths.logs / f"{system.replace(' ', '-')}-{self._weights}.log"
             _say(f"starting {system}")
             try:
                 server = Server(launch(system, self._weights, self._paths), log)
@@ -192,14 +191,13 @@ def main() -> None:
     systems = tuple(options.systems.split(",")) if options.systems else ()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # so that no server is left behind, frozen for ever
-    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
-        paths = Paths(
-            options.folder.resolve(), Path(scratch), options.llama_bin, options.vllm, options.threads, options.preload
-        )
-        sitting = Sitting(options.out)
-        comparison = Comparison(sitting, paths, options.rounds, systems)
-        for weights in options.weights:
-            comparison.run(weights, rows)
+    logs = options.out.with_name(f"{options.out.name}.logs")
+    logs.mkdir(exist_ok=True)
+    paths = Paths(options.folder.resolve(), logs, options.llama_bin, options.vllm, options.threads, options.preload)
+    sitting = Sitting(options.out)
+    comparison = Comparison(sitting, paths, options.rounds, systems)
+    for weights in options.weights:
+        comparison.run(weights, rows)
     show(sitting.lines)
 
 

@@ -35,10 +35,13 @@ LLAMA_SLOTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where things are. `folder` is the model; its GGUF files lie beside it as FOLDER-FORMAT.gguf."""
+    """Where things are. `folder` is the model; its GGUF files lie beside it as FOLDER-FORMAT.gguf.
+
+    `logs` is for what the servers say, and for edgekv's configurations.
+    """
 
     folder: Path
-    scratch: Path
+    logs: Path
     llama_bin: Path | None
     vllm_venv: Path | None
     threads: int
@@ -128,7 +131,7 @@ def _vllm(paths: Paths) -> Launch:
 def _edgekv(system: str, weights: str, paths: Paths) -> Launch:
     port = free_port()
     made = on_load(system)
-    config = paths.scratch / f"{system.replace(' ', '-')}-{weights}.yaml"
+    config = paths.logs / f"{system.replace(' ', '-')}-{weights}.yaml"
     lines = [
         "version: 1",
         "logging: {level: warning}",

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 EXACT_WEIGHT_BYTES = 1 << 30
+# The native kernels give the same in any batch in any format: only for a model that is fast at any width does
+# float32 bring something.
+EXACT_NATIVE_BYTES = 64 << 20
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 DeviceKind = Literal["cpu", "card"]
@@ -31,16 +34,18 @@ def choose_dtype(
     if quantised and native:
         return DtypeChoice("bfloat16", "the weights stay quantised", keeps_stored=True)
     if quantised:
-        name = _plain_dtype(checkpoint, num_parameters, device)[0]
+        name = _plain_dtype(checkpoint, num_parameters, device, native)[0]
         lacking = "no kernels for them on a card yet" if device == "card" else "the native CPU kernels are not in use"
         return DtypeChoice(name, f"the quantised weights are unpacked to {name}: {lacking}")
-    return DtypeChoice(*_plain_dtype(checkpoint, num_parameters, device))
+    return DtypeChoice(*_plain_dtype(checkpoint, num_parameters, device, native))
 
 
-def _plain_dtype(checkpoint: DtypeName, num_parameters: int, device: DeviceKind) -> tuple[DtypeName, str]:
+def _plain_dtype(
+    checkpoint: DtypeName, num_parameters: int, device: DeviceKind, native: bool
+) -> tuple[DtypeName, str]:
     if device == "card":
         return checkpoint, "as the checkpoint"
-    if num_parameters * DTYPE_BYTES[checkpoint] <= EXACT_WEIGHT_BYTES:
+    if num_parameters * DTYPE_BYTES[checkpoint] <= (EXACT_NATIVE_BYTES if native else EXACT_WEIGHT_BYTES):
         return "float32", "a small model on the CPU: exact, and the same in any batch"
     if checkpoint == "float16":
         return "bfloat16", "float16 is slow on CPUs; the checkpoint's float16 is rounded to bfloat16"

@@ -1,10 +1,10 @@
-// Attention of a step's tokens over their contexts in the paged cache, causal, for any mix of spans: a decoding sequence
-// is a span of one token, a chunk of a prompt one of many.
+// Attention of a step's tokens over their contexts in the paged cache, causal, for any mix of spans: a decoding
+// sequence is a span of one token, a chunk of a prompt one of many.
 //
 // A token's result is the same to the last bit whatever else is in the batch and in its span, and whatever the items:
-// parts begin at multiples of PART slots, sums run in the order of the slots, and parts are put together in their order.
+// parts begin at multiples of PART slots, sums run in the order of slots, and parts are put together in their order.
 #pragma once
-#include "attend_tile.h"
+#include "attend_part.h"
 
 namespace EK_TIER {
 

@@ -40,8 +40,9 @@ struct kv_bf16 : kv_f32 {
   static inline void store(char* p, vf a) { vf_to_bf16(p, a); }
 };
 
-// int8 in pairs, as words of 16 bits; a in words too, scaled so that a row's largest is 32767: an error 256 times smaller
-// than that of the cache. Sums are integers and so exact: 256 dimensions, or PART slots, of 127 * 32767 stay below 2^31.
+// int8 in pairs, as words of 16 bits; a in words too, scaled so that a row's largest is 32767: an error 256 times
+// smaller than the cache's own. Sums are integers and exact: 256 dimensions, or PART slots, of 127 * 32767 stay below
+// 2^31.
 struct kv_int8 {
   enum { DEEP = 2, A_BYTES = 4, B_BYTES = 32, INTEGER = 1 };
   typedef vi a_type;
@@ -70,6 +71,10 @@ static inline int64_t plane_number(const ek_cache* cache, int64_t layer, int64_t
 
 static inline int64_t block_of_segment(const ek_cache* cache, int64_t block) {
   return block & (((int64_t)1 << cache->segment_shift) - 1);
+}
+
+static inline int64_t num_blocks_at(const ek_cache* cache, int64_t block) {
+  return cache->segments[block >> cache->segment_shift].num_blocks;
 }
 
 static inline char* plane_at(const ek_cache* cache, int64_t plane_bytes, int64_t plane, int64_t block) {

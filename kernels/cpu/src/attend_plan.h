@@ -2,10 +2,11 @@
 //
 // A context is attended to in parts of PART slots, whose results are put together in their order. A tile is one or more
 // tokens of a span with the query heads of one kv head: rows that share what they read. An item is all parts of a tile
-// for one or more kv heads; or, where that would be too much for one thread, one part of it, and then whoever finishes a
-// tile's last part puts them together. Results do not depend on how it is cut.
+// for one or more kv heads; or, where that would be too much for one thread, one part of it, and then whoever finishes
+// a tile's last part puts them together. Results do not depend on how it is cut.
 //
-// The plan lies in `shared`: ek_attend_shared_bytes are enough for any window, and every layer of a step can use the same.
+// The plan lies in `shared`: ek_attend_shared_bytes are enough for any window, and all layers of a step can use the
+// same.
 #pragma once
 #include <string.h>
 
@@ -146,7 +147,8 @@ static inline int64_t make_plan(const ek_attend* a, int32_t threads) {
   const int64_t most = total / (16 * (int64_t)threads) + 1, least = total / (64 * (int64_t)threads) + 1;
   int64_t counters = 0, floats = 0;
   for (attend_job* job = jobs; job < end; job++) {
-    job->heads_per_item = (int32_t)(job->cost < least ? (least / job->cost < heads.tiles ? least / job->cost : heads.tiles) : 1);
+    const int64_t fitting = job->cost < least ? least / job->cost : 1;
+    job->heads_per_item = (int32_t)(fitting < heads.tiles ? fitting : heads.tiles);
     job->is_split = threads > 1 && job->parts > 1 && job->cost > most && is_short(&heads, a->batch->lengths[job->span]);
     if (!job->is_split) continue;
     job->cost /= job->parts;

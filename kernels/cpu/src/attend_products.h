@@ -1,13 +1,11 @@
-// The two products of attention, blocked in registers: R rows (query heads of one kv head, of one token or several) by N
-// vectors of 16 lanes.
+// The two products of attention, blocked in registers: R rows (query heads of one kv head, of one token or several) by
+// N vectors of 16 lanes.
 //
 // Every sum runs over its terms in the cache's order, one accumulator from the first to the last, so that it does not
 // depend on how rows and lanes were blocked.
 #pragma once
-#include "attend_cache.h"
+#include "attend_fetch.h"
 #include "attend_plan.h"
-
-#define EK_UNROLL _Pragma("GCC unroll 16")
 
 namespace EK_TIER {
 
@@ -19,45 +17,6 @@ static const int BLOCK_VECTORS = EK_VECTOR_REGISTERS >= 32 ? 4 : 1;
 // Floats from row to row. Not a power of two: rows that are read together would share the cache's sets.
 static const int SCORE_STRIDE = PART + 16;
 static const int OUT_STRIDE = MOST_DIM + 16;
-
-// Tiles of 16 slots of which the scores are found together.
-static const int CHUNK = 4;
-
-// What to fetch while something is worked on: line i is at[i % 4] + i / 4 * step.
-struct fetch_ahead {
-  const char* at[4];  // at[0] null: nothing
-  int64_t step;
-};
-
-// Fetches as vectors of b are worked on, N at a time, `done` of them before. Always inlined: gcc drops calls of functions
-// that do nothing but prefetch.
-template <class F, int N>
-struct fetcher {
-  static const uint64_t LINE = 64 / F::B_BYTES;  // vectors of a line
-  fetch_ahead ahead;
-  uint64_t vector;
-  int64_t offset;
-
-  __attribute__((always_inline)) inline fetcher(const fetch_ahead* given, int64_t done)
-      : ahead(given != nullptr ? *given : fetch_ahead()), vector(done), offset(done / 4 / LINE * ahead.step) {}
-
-  __attribute__((always_inline)) inline void next() {
-    if (N == 4) {
-      if (LINE == 1 || vector % (4 * LINE) == 0) {
-        EK_UNROLL
-        for (int n = 0; n < 4; n++) prefetch(ahead.at[n] + offset);
-        offset += ahead.step;
-      }
-    } else {
-      EK_UNROLL
-      for (int n = 0; n < N; n++) {
-        const uint64_t line = (vector + n) / LINE;
-        if ((vector + n) % LINE == 0) prefetch(ahead.at[line % 4] + line / 4 * ahead.step);
-      }
-    }
-    vector += N;
-  }
-};
 
 struct score_job {
   const char* a;         // queries of the block of rows, [depth][R]

@@ -25,8 +25,8 @@ static inline vf visible(vf x, int tile, int first, int stop, vf other) {
   return x;
 }
 
-// What numbers are multiplied with to be whole and at most MOST_WORD, and what that is undone with. Is NaN if one of them is
-// not finite, which `poison` says (it sums zeros times them): rounding would swallow it.
+// What numbers are multiplied with to be words of at most MOST_WORD, and what that is undone with: NaN if one of them
+// is not finite, as `poison`, their sum times zero, says. Rounding would swallow it.
 struct word_scale {
   float to_words, from_words;
 };
@@ -36,9 +36,9 @@ static inline word_scale scale_to_words(vf top, vf poison) {
   return scale;
 }
 
-// Row of products q.k (integers: to be multiplied with `query_scale`), of which slots first .. stop - 1 (at least one) are
-// visible, into exp(score - largest), as F multiplies them. The other slots of the tiles that hold these become 0, by
-// selection: what was there may be NaN. Answers the largest score, the sum, and what sums over values are to be
+// Row of products q.k (integers: to be multiplied with `query_scale`), of which slots first .. stop - 1 (at least one)
+// are visible, into exp(score - largest), as F multiplies them. The other slots of the tiles that hold these become 0,
+// by selection: what was there may be NaN. Answers the largest score, the sum, and what sums over values are to be
 // multiplied with.
 template <class F>
 static void softmax_row(float* row, int first, int stop, const score_rule* rule, float query_scale, float* largest,

@@ -101,6 +101,8 @@ static int_tile_of int_tile_for(int64_t tokens, int64_t panels) {
   return narrow[tokens - 1];
 }
 
+#undef EK_TILES
+
 // Places in k->starts for a token.
 static inline int64_t starts_stride(const ek_matrix* part, int64_t cols) {
   return pieces(cols, EK_GROUP) * (part->format == EK_Q6K ? 2 : 1);
@@ -129,19 +131,6 @@ static void multiply_ints(const work* k, const chunk* c, int64_t stride) {
   }
 }
 
-// Sums of 16 columns each, of EK_GROUP * groups columns, times -32.
-static void half_starts(const int8_t* q, int64_t groups, int32_t* starts) {
-  for (int64_t g = 0; g < groups; g++, q += EK_GROUP, starts += 2) {
-    int32_t low = 0, high = 0;
-    for (int i = 0; i < 16; i++) {
-      low += q[i];
-      high += q[16 + i];
-    }
-    starts[0] = -32 * low;
-    starts[1] = -32 * high;
-  }
-}
-
 // Fills k->starts for the block's columns (int_tokens.start).
 static void prepare_starts(const work* k, int64_t block, int64_t cols, int64_t stride) {
   const ek_acts* acts = k->linear->acts;
@@ -158,7 +147,10 @@ static void prepare_starts(const work* k, int64_t block, int64_t cols, int64_t s
       case EK_Q4:
         for (int64_t g = 0; g < groups; g++) starts[g] = -8 * sums[g];
         break;
-      case EK_Q6K: half_starts(acts->q8 + row * acts->q8_stride + block, groups, starts); break;
+      case EK_Q6K:  // half groups, of whole super-blocks
+        for (int64_t g = 0; g < groups; g += 2) i8_sums(acts->q8 + row * acts->q8_stride + block + 32 * g, starts + 2 * g);
+        for (int64_t g = 0; g < 2 * groups; g++) starts[g] *= -32;
+        break;
       default:
         for (int64_t g = 0; g < groups; g++) ((float*)starts)[g] = (float)sums[g];
     }
@@ -200,9 +192,10 @@ static void multiply(const work* k, const cut* c) {
 
 static int64_t linear_items(const ek_linear* linear, int32_t threads) {
   (void)threads;  // items are small enough for any number of them
+  if (linear->tokens < 1) return 0;
   int64_t items = 0;
   for (int32_t i = 0; i < linear->num_parts; i++) {
-    const cut c = cut_part(&linear->parts[i], linear->tokens);
+    const cut c = cut_part(linear, &linear->parts[i]);
     items += c.row_items * c.token_items;
   }
   return items;
@@ -211,8 +204,8 @@ static int64_t linear_items(const ek_linear* linear, int32_t threads) {
 static void linear_item(const ek_linear* linear, int64_t item, void* scratch) {
   const ek_matrix* part = linear->parts;
   int64_t first_row = 0;
-  cut c = cut_part(part, linear->tokens);
-  for (; item >= c.row_items * c.token_items; c = cut_part(++part, linear->tokens)) {
+  cut c = cut_part(linear, part);
+  for (; item >= c.row_items * c.token_items; c = cut_part(linear, ++part)) {
     item -= c.row_items * c.token_items;
     first_row += part->rows;
   }

@@ -1,36 +1,33 @@
-// How a linear layer is cut into items, and an item into what its tiles go through.
+// How a linear layer is cut into items that threads claim, and an item into what its tiles go through.
+//
+// The numbers were found on Zen 5 (48 KiB of first cache a core, 1 MiB of second), where half or twice of each makes a
+// few percent at most.
 #pragma once
 #include "linear_tile.h"
 
 namespace EK_TIER {
 
-#ifndef CH_F
-#define CH_F 128
-#endif
-#ifndef CH_I
-#define CH_I 1024
-#endif
-#ifndef ITEM_B
-#define ITEM_B (128<<10)
-#endif
-#ifndef KB_F
-#define KB_F 1024
-#endif
-#ifndef KB_I
-#define KB_I 2048
-#endif
-#ifndef PPI
-#define PPI 8
-#endif
 enum {
-  SUMS_BYTES = 512 << 10,     // of an item's scratch, for its sums
-  STARTS_BYTES = 1024 << 10,  // for what pays for offsets
+  // An item's scratch: its sums, and what pays for offsets (int_tokens.start).
+  SUMS_BYTES = 512 << 10,
+  STARTS_BYTES = 1024 << 10,
+
+  // Up to here, what takes time is mostly to read weights: an item is about as many of them as are read in the time in
+  // which a hundred items are claimed, and tiles go through chunks of 4 to 9 KiB a panel, so that memory has no pauses.
   FEW_TOKENS = 48,
-  MANY_TOKENS = 252,
+  ITEM_BYTES = 128 << 10,
+  FLOAT_CHUNK_COLS = 128,
+  INT_CHUNK_COLS = 1024,
+
+  // With more, it is arithmetic: activations of a block of columns stay in the second cache while an item's panels are
+  // multiplied with them, half a million by as many bytes.
+  MANY_TOKENS = 126,
+  MANY_PANELS = 8,
+  BLOCK_COLS = 2048,
 };
 
 // An item is some panels of one part times some tokens. Its columns are done block by block, in a block its panels one
-// after the other, of each the block's columns chunk by chunk, each for all tokens.
+// or two at a time, of these the block's columns chunk by chunk, each for all tokens.
 struct cut {
   int64_t panels;  // of the part
   int64_t item_panels;
@@ -41,13 +38,17 @@ struct cut {
   int64_t chunk_cols;
 };
 
-static inline bool is_float(const ek_matrix* part) { return part->format <= EK_BF16; }
-
 // The tiles that do `tokens` of an item.
 struct tiling {
   int64_t panels;  // of a tile
-  int64_t rounds;  // a panel or pair of panels is gone through so often, each time for as many tokens, or one more
+  int64_t rounds;  // a chunk is gone through so often, each time for as many tokens, or one more
 };
+
+static inline bool is_float(const ek_matrix* part) { return part->format <= EK_BF16; }
+
+static inline bool is_gated(const ek_linear* linear) {
+  return linear->epilogue == EK_SILU_MUL || linear->epilogue == EK_GELU_MUL;
+}
 
 static tiling tile_tokens(const ek_matrix* part, int64_t tokens) {
   int64_t narrow = BITS_NARROW, wide = INT_WIDE;
@@ -58,26 +59,30 @@ static tiling tile_tokens(const ek_matrix* part, int64_t tokens) {
     narrow = BYTES_NARROW;
   }
   if (tokens <= narrow) return tiling{1, 1};
+  // The largest quantised tiles have sums in memory: worth it only where they save going through the weights again.
+  if (WIDE_TILES && !is_float(part) && tokens > 2 * wide) wide--;
   return tiling{1 + WIDE_TILES, pieces(tokens, wide)};
 }
 
-static cut cut_part(const ek_matrix* part, int64_t tokens) {
+static cut cut_part(const ek_linear* linear, const ek_matrix* part) {
   cut c;
+  const int64_t tokens = linear->tokens;
   c.panels = pieces(part->rows, EK_PANEL);
   if (tokens <= FEW_TOKENS) {
-    c.item_tokens = tokens;
-    if (!is_float(part)) c.item_tokens = least(tokens, most(1, STARTS_BYTES / (8 * pieces(part->cols, EK_GROUP))));
-    c.item_panels = ITEM_B / ek_panel_bytes(part);
+    const int64_t starts = 8 * pieces(part->cols, EK_GROUP);  // bytes of a token, at most
+    c.item_tokens = least(tokens, most(1, STARTS_BYTES / starts));
+    c.item_panels = ITEM_BYTES / ek_panel_bytes(part);
     c.block_cols = part->cols;
-    const tiling tiles = tile_tokens(part, c.item_tokens);
-    c.chunk_cols = tiles.panels * tiles.rounds == 1 ? part->cols : is_float(part) ? CH_F : CH_I;
+    c.chunk_cols = is_float(part) ? FLOAT_CHUNK_COLS : INT_CHUNK_COLS;
   } else {
     c.item_tokens = pieces(tokens, pieces(tokens, MANY_TOKENS));
-    c.item_panels = PPI;
-    c.block_cols = c.chunk_cols = is_float(part) ? KB_F : KB_I;
+    c.item_panels = MANY_PANELS;
+    c.block_cols = c.chunk_cols = BLOCK_COLS;
   }
-  const int64_t most_panels = SUMS_BYTES / (4 * EK_PANEL * c.item_tokens);
-  c.item_panels = pieces(most(1, least(c.item_panels, most_panels)), 2) * 2;
+  const tiling tiles = tile_tokens(part, c.item_tokens);
+  if (tiles.panels == 1 && tiles.rounds == 1) c.chunk_cols = c.block_cols;
+  c.item_panels = most(1, least(c.item_panels, SUMS_BYTES / (4 * EK_PANEL * c.item_tokens)));
+  if (tiles.panels == 2 || is_gated(linear)) c.item_panels = 2 * pieces(c.item_panels, 2);
   c.row_items = pieces(c.panels, c.item_panels);
   c.token_items = pieces(tokens, c.item_tokens);
   return c;

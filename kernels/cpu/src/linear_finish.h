@@ -58,13 +58,12 @@ static void finish_plain(const work* k, const float* y, const float* bias, float
 // `first_row`: rows of the parts before.
 static void finish(const work* k, int64_t first_row) {
   const ek_linear* linear = k->linear;
-  const bool gated = linear->epilogue == EK_SILU_MUL || linear->epilogue == EK_GELU_MUL;
   const int64_t row = first_row + EK_PANEL * k->first_panel;
   const float* bias = linear->bias == nullptr ? nullptr : linear->bias + row;
   for (int64_t t = 0; t < k->num_tokens; t++) {
     const float* y = k->sums + t * k->sums_stride;
     float* out = linear->out + (k->first_token + t) * linear->out_stride;
-    if (gated) {
+    if (is_gated(linear)) {
       finish_gated(k, y, bias, out + row / 2);
     } else {
       finish_plain(k, y, bias, out + row);

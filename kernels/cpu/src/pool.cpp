@@ -153,12 +153,12 @@ void sleep_until(ek_pool* pool, const wait& what) {
   while (!met(what, pool->opened.load())) pthread_cond_wait(&pool->condition, &pool->mutex);
   pthread_mutex_unlock(&pool->mutex);
 #endif
+  pool->sleepers.fetch_sub(1);
 }
 
 void wake_sleepers(ek_pool* pool) {
+  // Who counts itself in after this look sees `opened` as it is now.
   if (pool->sleepers.load() == 0) return;
-  // Who counts itself in from here on looks at `opened` after it, and does not sleep.
-  pool->sleepers.store(0);
 #if defined(__linux__)
   syscall(SYS_futex, &pool->opened, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 #else

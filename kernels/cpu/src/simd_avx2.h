@@ -186,6 +186,16 @@ static inline __m256 ek_dot_bf16(__m256 acc, __m256i w, __m256i x) {
 static inline vf vf_dot_bf16(vf acc, vi w, vi x) {
   return ek_vf(ek_dot_bf16(acc.lo, w.lo, x.lo), ek_dot_bf16(acc.hi, w.hi, x.hi));
 }
+static inline void i8_sums(const int8_t* p, int32_t* sums) {
+  for (int i = 0; i < 2; i++) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i*)p + i);
+    bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8((char)0x80));  // plus 128 each
+    __m256i eights = _mm256_sad_epu8(bytes, _mm256_setzero_si256());
+    eights = _mm256_add_epi64(eights, _mm256_bsrli_epi128(eights, 8));
+    sums[2 * i] = _mm256_extract_epi32(eights, 0) - 16 * 128;
+    sums[2 * i + 1] = _mm256_extract_epi32(eights, 4) - 16 * 128;
+  }
+}
 static inline vi vi_spread(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

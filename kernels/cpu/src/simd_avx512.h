@@ -88,6 +88,15 @@ static inline vi vi_dot(vi acc, vi w, vi x) { return _mm512_dpbusd_epi32(acc, w,
 static inline vi vi_dot7(vi acc, vi w, vi x) { return vi_dot(acc, w, x); }
 // acc[lane] += the lane's pair of bf16 in w times the pair in x (denormals count as 0).
 static inline vf vf_dot_bf16(vf acc, vi w, vi x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+// Sums of each 16 of 64 int8.
+static inline void i8_sums(const int8_t* p, int32_t* sums) {
+  const __m512i bytes = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8((char)0x80));  // plus 128 each
+  __m512i eights = _mm512_sad_epu8(bytes, _mm512_setzero_si512());
+  eights = _mm512_add_epi64(eights, _mm512_bsrli_epi128(eights, 8));
+  const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m128i four = _mm512_castsi512_si128(_mm512_permutexvar_epi32(first, eights));
+  _mm_storeu_si128((__m128i*)sums, _mm_sub_epi32(four, _mm_set1_epi32(16 * 128)));
+}
 // Four int8 or two bf16 at p, in every lane.
 static inline vi vi_spread(const void* p) {
   int32_t x;

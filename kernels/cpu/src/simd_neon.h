@@ -225,6 +225,9 @@ static inline vf vf_dot_bf16(vf acc, vi w, vi x) {
   }
   return acc;
 }
+static inline void i8_sums(const int8_t* p, int32_t* sums) {
+  EK_QUARTERS(i) sums[i] = vaddlvq_s8(vld1q_s8(p + 16 * i));
+}
 static inline vi vi_spread(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

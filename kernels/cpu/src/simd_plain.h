@@ -240,6 +240,9 @@ static inline vf vf_dot_bf16(vf acc, vi w, vi x) {
   }
   return acc;
 }
+static inline void i8_sums(const int8_t* p, int32_t* sums) {
+  for (int i = 0; i < 64; i++) sums[i / 16] = (i % 16 ? sums[i / 16] : 0) + p[i];
+}
 static inline vi vi_spread(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

@@ -43,8 +43,8 @@ def _operations(rng: np.random.Generator) -> None:
         assert step.run(handle, fields) == 0
     narrow = _Step(rng, tokens, samples, (40,))
     narrow.token_ids[:] = step.token_ids
-    embed = {"kind": OpKind.EMBED, "dst": 0, "width": 40, "scale": 2.0, "num_parts": 1, "parts": ctypes.addressof(table)}
-    assert narrow.run(handle, embed) == 0
+    embed = {"kind": OpKind.EMBED, "dst": 0, "width": 40, "scale": 2.0, "num_parts": 1}
+    assert narrow.run(handle, {**embed, "parts": ctypes.addressof(table)}) == 0
 
 
 def _nonsense(rng: np.random.Generator) -> None:
@@ -57,11 +57,11 @@ def _nonsense(rng: np.random.Generator) -> None:
     step = _Step(rng, int(lengths.sum()), 1, (width, heads * head_dim), heads, kv_heads, head_dim)
     needed = -(-(starts + lengths) // 16)
     step.set_spans(starts, lengths, needed)
-    numbers = [step.starts, step.lengths, step.first_rows, step.blocks, step.token_ids, step.positions, step.sample_rows]
     changed = rng.integers(0, 3) > 0
     if changed:
         odd = (-1, 0, 1, 4, 15, 16, 1 << 31, -(1 << 63), (1 << 63) - 1, int(rng.integers(0, 100)))
-        target = numbers[int(rng.integers(0, len(numbers)))]
+        names = ("starts", "lengths", "first_rows", "blocks", "token_ids", "positions", "sample_rows")
+        target = getattr(step, names[int(rng.integers(0, len(names)))])
         target[int(rng.integers(0, len(target)))] = odd[int(rng.integers(0, len(odd)))]
     handle = any_pool(rng)
     common = {"src": 0, "width": width, "scale": 0.1, "eps": 1e-6}
