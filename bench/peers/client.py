@@ -25,7 +25,9 @@ class Client:
     """Asks for completions of random token ids; no text is streamed, so nothing depends on how a server cuts it."""
 
     def __init__(self, url: str, vocab_size: int, seed: int) -> None:
-        self._http = httpx2.Client(base_url=url + "/", timeout=600, trust_env=False)
+        # A connection for each request: some servers close an idle one just as the next request goes out on it.
+        limits = httpx2.Limits(max_keepalive_connections=0)
+        self._http = httpx2.Client(base_url=url + "/", timeout=600, trust_env=False, limits=limits)
         self._rng, self._vocab_size = random.Random(seed), vocab_size
         self._model = self._http.get("models").json()["data"][0]["id"]
 

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a model folder with its GGUF files beside it (bench.peers.convert)")
     parser.add_argument("--llama-bin", type=Path, default=os.environ.get("LLAMA_CPP_BIN"))
     parser.add_argument("--vllm", type=Path, default=os.environ.get("VLLM_VENV"), help="its virtual environment")
-    parser.add_argument("--preload", default=os.environ.get("VLLM_PRELOAD", ""), help="LD_PRELOAD of vLLM's server")
+    parser.add_argument("--preload", default=os.environ.get("VLLM_PRELOAD", ""), help="LD_PRELOAD of a second vLLM")
     parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line; may exist")
     parser.add_argument("--rows", type=lambda asked: _chosen(asked, row_names), default=row_names)
     parser.add_argument("--weights", type=lambda asked: _chosen(asked, list(SYSTEMS)), default=list(SYSTEMS))

@@ -12,8 +12,8 @@ from bench.peers.systems import EDGEKV, LLAMA, LLAMA_SLOTS, SYSTEMS, VLLM, Paths
 
 MOST_S = 600
 STREAM_TOKENS = 128
-# The chat template and the number in front of each prompt take about 30 tokens.
-TAIL_TOKENS = STREAM_TOKENS - 30
+# The chat template and the number in front of each prompt take about 20 tokens.
+TAIL_TOKENS = STREAM_TOKENS - 20
 
 
 class RowFailed(Exception):
@@ -68,7 +68,7 @@ class Row:
         for system in SYSTEMS[weights]:
             if system == LLAMA and self.name == "prefix":
                 found += [name for name in LLAMA_SLOTS if name != LLAMA]
-            elif system != VLLM or self.is_http:
+            elif family(system) != VLLM or self.is_http:
                 found.append(system)
         return tuple(found)
 

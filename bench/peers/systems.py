@@ -12,12 +12,13 @@ from pathlib import Path
 from bench.peers.process import Launch, free_port
 
 EDGEKV, LLAMA, VLLM = "edgekv", "llama.cpp", "vLLM"
+PRELOADED = "vLLM preloaded"
 CONTEXT = 4096
 STREAMS = 16
 
 # The weights of each format, and who has them: our own quantisation on load stands beside the files.
 SYSTEMS: Mapping[str, tuple[str, ...]] = {
-    "bf16": (LLAMA, VLLM, EDGEKV),
+    "bf16": (LLAMA, VLLM, PRELOADED, EDGEKV),
     "q8_0": (LLAMA, EDGEKV, "edgekv int8"),
     "q4_0": (LLAMA, EDGEKV, "edgekv int4"),
     "q4_k_m": (LLAMA, EDGEKV),
@@ -57,7 +58,9 @@ class Paths:
             if self.llama_bin is None:
                 return "--llama-bin is not given"
             return None if self.gguf(weights).exists() else f"{self.gguf(weights)} is not there"
-        if system == VLLM:
+        if family(system) == VLLM:
+            if system == PRELOADED and not self.preload:
+                return "--preload is not given"
             return "--vllm is not given" if self.vllm_venv is None else None
         path = edgekv_path(self, system, weights)
         return None if path.exists() else f"{path} is not there"
@@ -65,7 +68,7 @@ class Paths:
 
 def family(system: str) -> str:
     """Whose program it is."""
-    return LLAMA if system.startswith(LLAMA) else EDGEKV if system.startswith(EDGEKV) else system
+    return next(name for name in (EDGEKV, LLAMA, VLLM) if system.startswith(name))
 
 
 def edgekv_path(paths: Paths, system: str, weights: str) -> Path:
@@ -82,7 +85,7 @@ def launch(system: str, weights: str, paths: Paths) -> Launch:
     """The server of a system."""
     if family(system) == LLAMA:
         return _llama(system, weights, paths)
-    return _vllm(paths) if system == VLLM else _edgekv(system, weights, paths)
+    return _vllm(system, paths) if family(system) == VLLM else _edgekv(system, weights, paths)
 
 
 def llama_bench(weights: str, paths: Paths, *options: str) -> list[str]:
@@ -110,20 +113,20 @@ def _llama(system: str, weights: str, paths: Paths) -> Launch:
     return Launch(command, port, health="/health")
 
 
-def _vllm(paths: Paths) -> Launch:
+def _vllm(system: str, paths: Paths) -> Launch:
     assert paths.vllm_venv is not None
     port = free_port()
     command = [
         str(paths.vllm_venv / "bin" / "vllm"), "serve", str(paths.folder), "--host", "127.0.0.1", "--port", str(port),
         "--served-model-name", "bench", "--dtype", "bfloat16", "--max-model-len", str(CONTEXT),
-        "--max-num-seqs", str(STREAMS), "--disable-uvicorn-access-log",
+        "--max-num-seqs", str(STREAMS), "--disable-uvicorn-access-log", "--enable-prompt-tokens-details",
     ]  # fmt: skip
     environ = {
         # By itself vLLM keeps a core free for its HTTP side, which is half of two.
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{paths.threads - 1}", "VLLM_CPU_KVCACHE_SPACE": "4",
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    if paths.preload:
+    if system == PRELOADED:
         environ["LD_PRELOAD"] = paths.preload
     return Launch(command, port, environ=environ)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.peers.systems import EDGEKV, LLAMA, VLLM, family
-from edgekv.cli.load import percentile
+from bench.peers.systems import EDGEKV, LLAMA, VLLM, family, on_load
+from edgekv.cli.percentile import percentile
 
 
 @dataclass(slots=True)
@@ -42,10 +42,12 @@ class Quantity:
             return None
         return max(known, key=lambda system: self.median(system) if self.more else -self.median(system))
 
-    def ratio(self) -> float | None:
-        """Ours to the best peer's, of medians; None if one is missing."""
-        ours, peer = self.best(EDGEKV), self.best(LLAMA, VLLM)
-        return self.median(ours) / self.median(peer) if ours and peer and self.median(peer) else None
+    def ratio(self, system: str) -> float | None:
+        """Of a system of ours to the best peer, of medians; None if one is missing."""
+        peer = self.best(LLAMA, VLLM)
+        if peer is None or system not in self.samples or not self.median(peer):
+            return None
+        return self.median(system) / self.median(peer)
 
 
 def gather(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Quantity]:
@@ -82,14 +84,48 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     ]
     for (weights, name), quantity in gather(lines).items():
         cells = [_cell(quantity, LLAMA), _cell(quantity, VLLM), _cell(quantity, EDGEKV)]
-        ratio = quantity.ratio()
-        shown = "" if ratio is None else f"**{ratio:.2f}**"
-        text.append(f"| {weights} | {name}, {quantity.unit} | {' | '.join(cells)} | {shown} |")
+        text.append(f"| {weights} | {name}, {quantity.unit} | {' | '.join(cells)} | {_ratios(quantity)} |")
     return "\n".join(text)
+
+
+def overheads(lines: list[dict[str, Any]]) -> str:
+    """Our one stream over HTTP against its own model: what a token takes beyond the forward pass."""
+    text = [
+        "| weights | edgekv | model, ms | step in the engine, ms | token over HTTP, ms | not the model |",
+        "|---|---|---|---|---|---|",
+    ]
+    models: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for line in lines:
+        if "turn" in line and line["turn"][1] == "decode" and family(line["turn"][2]) == EDGEKV:
+            weights, _, system, _ = line["turn"]
+            row = next(row for row in line["detail"]["decode"] if row["context"] == 128)
+            models[weights, system].append(row["parts_us"]["model"] / 1e3)
+    found = gather(lines)
+    for (weights, system), times in models.items():
+        engine, http = found.get((weights, "decode, context 128")), found.get((weights, "1 streams, a token"))
+        if engine is not None and http is not None and http.samples.get(system):
+            model, token = statistics.median(times), http.median(system)
+            step = 1e3 / engine.median(system)
+            text.append(
+                f"| {weights} | {system} | {model:.2f} | {step:.2f} | {token:.2f} | **{1 - model / token:.1%}** |"
+            )
+    return "\n".join(text) if len(text) > 2 else ""
 
 
 def show(lines: list[dict[str, Any]]) -> None:
     print(f"\n{markdown(lines)}")
+    if shares := overheads(lines):
+        print(f"\nOne stream, and what of its time is not the model's:\n\n{shares}")
+
+
+def _ratios(quantity: Quantity) -> str:
+    """With the same weights as the peer's, in bold, and with those that edgekv made."""
+    cells = []
+    for system in sorted(system for system in quantity.samples if family(system) == EDGEKV):
+        ratio, made = quantity.ratio(system), on_load(system)
+        if ratio is not None:
+            cells.append(f"{made}: {ratio:.2f}" if made else f"**{ratio:.2f}**")
+    return "<br>".join(cells)
 
 
 def _cell(quantity: Quantity, name: str) -> str:

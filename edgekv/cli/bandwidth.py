@@ -13,15 +13,17 @@ ROUNDS = 5
 
 
 class ReadMeter:
-    """Reads a buffer on the threads of a pool of the compiled kernels; without one with torch.
+    """Reads a buffer on the threads of a pool of the compiled kernels; without one with torch, on a device.
 
     `title` says which.
     """
 
-    def __init__(self, pool: Pool | None) -> None:
-        self._buffer, self._pool = torch.ones(BUFFER_BYTES // 4), pool
-        threads = torch.get_num_threads() if pool is None else pool.threads
-        self.title = f"{'torch' if pool is None else 'the kernels'}, {threads} threads"
+    def __init__(self, pool: Pool | None, device: str = "cpu") -> None:
+        self._buffer, self._pool = torch.ones(BUFFER_BYTES // 4, device=device), pool
+        if pool is not None:
+            self.title = f"the kernels, {pool.threads} threads"
+        else:
+            self.title = f"torch, {torch.get_num_threads()} threads" if device == "cpu" else f"torch, {device}"
 
     def read(self) -> float:
         """Bytes a second, the best of a few passes: whatever disturbs one of them is no property of the memory."""
@@ -30,12 +32,12 @@ class ReadMeter:
     def _pass(self) -> float:
         begun = time.perf_counter()
         if self._pool is None:
-            self._buffer.sum()
+            self._buffer.sum().item()  # which waits for a card
         else:
             self._pool.read(self._buffer.data_ptr(), BUFFER_BYTES)  # torch aligns to 64 bytes
         return time.perf_counter() - begun
 
 
-def read_meter(*, native: bool) -> ReadMeter:
-    """A meter for an engine; with the kernels where it runs on them."""
-    return ReadMeter(Pool(load_library(), default_threads()) if native else None)
+def read_meter(device: str, *, native: bool) -> ReadMeter:
+    """A meter for an engine on a device; with the kernels where it runs on them."""
+    return ReadMeter(Pool(load_library(), default_threads()) if native else None, device)

@@ -101,7 +101,7 @@ def bench_serve(
 
 def compare(pairs: "list[tuple[Answer, Answer]]") -> dict[str, Any]:
     """Cold against warm: each pair's times to first token, their medians and the ratio of these."""
-    from edgekv.cli.load import percentile
+    from edgekv.cli.percentile import percentile
 
     good = [(cold, warm) for cold, warm in pairs if cold.error is None and warm.error is None]
     cold = percentile([first.ttft_s for first, _ in good], 50)
@@ -140,7 +140,8 @@ class _Reach:
 
         from edgekv.cli.load import Target
 
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        # A connection for each request: some servers close an idle one just as the next request goes out on it.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
 
         async def main() -> tuple[T, str]:
             async with httpx2.AsyncClient(

@@ -16,7 +16,7 @@ import typer
 from rich.markup import escape
 
 from edgekv.cli.console import print_json, stderr, stdout, table
-from edgekv.cli.load import percentile
+from edgekv.cli.percentile import percentile
 
 if TYPE_CHECKING:
     from edgekv.cli.bandwidth import ReadMeter
@@ -109,19 +109,23 @@ def measure(
     settings: "EngineSettings", wanted: Wanted, seed: int | None, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """Build the engine and measure every row."""
+    import torch
+
     from edgekv.cli.bandwidth import read_meter
     from edgekv.cli.machine import LoadWatch, machine_line
     from edgekv.engine.assemble import assemble
     from edgekv.engine.measure import EngineMeter
+    from edgekv.model.native_lm import NativeLM
 
     watch = LoadWatch()
     progress("loading")
     begun = time.perf_counter()
     core, assembly = assemble(settings, lambda done, total, stage: None)
     load_s = time.perf_counter() - begun
-    meter = EngineMeter(core, time.time_ns() if seed is None else seed)
-    native = hasattr(meter.model, "lowered")
-    rows = _Rows(meter, assembly, read_meter(native=native), progress)
+    settle = None if assembly.place.torch_name == "cpu" else torch.cuda.synchronize
+    meter = EngineMeter(core, time.time_ns() if seed is None else seed, settle)
+    bandwidth = read_meter(assembly.place.torch_name, native=isinstance(meter.model, NativeLM))
+    rows = _Rows(meter, assembly, bandwidth, progress)
     meter.prefill(min(max(wanted.prompts, default=16), settings.max_step_tokens))  # buffers grow with the first
     prompts = [rows.prompt(tokens, wanted.repeat) for tokens in wanted.prompts]
     decodes = [rows.decode(context, batch, wanted) for context in wanted.contexts for batch in wanted.batches]

@@ -15,7 +15,7 @@ import typer
 
 from edgekv.cli.bench_engine import numbers, progress_on
 from edgekv.cli.console import print_json, stdout, table
-from edgekv.cli.load import percentile
+from edgekv.cli.percentile import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,6 +15,8 @@ from typing import Any
 import httpx2
 import trio
 
+from edgekv.cli.percentile import percentile
+
 WORDS = (
     "the of and to in is that for it as with on be at by this from or an are not have file name value type class "
     "method return string list object function module number path error call code data time default argument set get "
@@ -165,17 +167,6 @@ async def measure_prefix(target: Target, prefix_tokens: int, load: Load, rounds:
             both.append(await target.chat(messages, load, time.perf_counter, time.perf_counter()))
         pairs.append((both[0], both[1]))
     return pairs
-
-
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Linear interpolation between the closest ranks; None when there is nothing to rank."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * percent / 100
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def summarise(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -48,9 +48,12 @@ class StepTime:
 
 
 class EngineMeter:
-    """Puts sequences of random tokens through a core and times its steps."""
+    """Puts sequences of random tokens through a core and times its steps.
 
-    def __init__(self, core: EngineCore, seed: int) -> None:
+    `settle` waits for the device, where the model's work goes on after its call has returned.
+    """
+
+    def __init__(self, core: EngineCore, seed: int, settle: Callable[[], None] | None = None) -> None:
         if not isinstance(core.runner, Runner | NativeRunner):
             raise TypeError(f"cannot look into a {type(core.runner).__name__}")
         self._core = core
@@ -60,10 +63,10 @@ class EngineMeter:
         self._limits = core.scheduler.limits
         self.model = core.runner.model
         self._filling = _Filling(core.runner, core.scheduler.cache.block_size)
+        self._stopwatch.wrap(self.model, "forward", "model", settle)
         for owner, method, part in (
             (core.scheduler, "plan", "plan"),
             (core.runner, "forward", "forward"),
-            (self.model, "forward", "model"),
             (core.sampler, "sample", "sample"),
             (core.scheduler, "complete", "report"),
             (core, "stats", "report"),
@@ -151,15 +154,18 @@ class _Stopwatch:
     def __init__(self) -> None:
         self.parts: dict[str, float] = {}
 
-    def wrap(self, owner: object, method: str, part: str) -> None:
-        """Time `owner.method` as `part` from now on."""
+    def wrap(self, owner: object, method: str, part: str, settle: Callable[[], None] | None = None) -> None:
+        """Time `owner.method` as `part` from now on, and `settle` after it."""
         run: Callable[..., Any] = getattr(owner, method)
         parts = self.parts
 
         def timed(*args: Any, **options: Any) -> Any:
             begun = time.perf_counter()
             try:
-                return run(*args, **options)
+                answer = run(*args, **options)
+                if settle is not None:
+                    settle()
+                return answer
             finally:
                 parts[part] = parts.get(part, 0.0) + time.perf_counter() - begun
 

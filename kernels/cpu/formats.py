@@ -1,7 +1,7 @@
 """How the compiled library keeps a matrix: panels of 16 rows, in one of a few formats that stored encodings go into.
 
-Runs in: anywhere (no torch, no library); owns: nothing. The layouts are drawn in src/ek.h, beside `enum ek_format`; what
-is stored becomes panels by `ek_pack` (src/pack.cpp), and no value changes on the way.
+Runs in: anywhere (no torch, no library); owns: nothing. The layouts are drawn in src/ek.h, beside `enum ek_format`;
+what is stored becomes panels by `ek_pack` (src/pack.cpp), and no value changes on the way.
 """
 
 from collections.abc import Mapping

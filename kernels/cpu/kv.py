@@ -1,7 +1,7 @@
 """The KV cache as the CPU kernels lay it out (src/ek.h): its sizes, and blocks to and from plain float32 rows.
 
-Runs in: anywhere; owns: nothing. The kernels themselves read and write the cache; `encode` and `decode` say in numpy what
-they do, bit for bit, for tests and for tools that look into a cache.
+Runs in: anywhere; owns: nothing. The kernels themselves read and write the cache; `encode` and `decode` say in numpy
+what they do, bit for bit, for tests and for tools that look into a cache.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class KvLayout:
 
     kv_format: KvFormat
     num_layers: int
-    kv_heads: int
+    num_kv_heads: int
     head_dim: int
     block_size: int
 
@@ -45,7 +45,7 @@ class KvLayout:
     @property
     def planes_per_block(self) -> int:
         """K and V of every head of every layer."""
-        return self.num_layers * 2 * self.kv_heads
+        return self.num_layers * 2 * self.num_kv_heads
 
     @property
     def plane_bytes(self) -> int:
@@ -70,13 +70,13 @@ class KvLayout:
         """A segment's planes, [layers, 2, kv_heads, blocks, plane_bytes]; a view."""
         num_blocks = self._num_blocks(segment)
         end = num_blocks * self.planes_per_block * self.plane_bytes
-        return segment[:end].reshape(self.num_layers, 2, self.kv_heads, num_blocks, self.plane_bytes)
+        return segment[:end].reshape(self.num_layers, 2, self.num_kv_heads, num_blocks, self.plane_bytes)
 
     def scales(self, segment: Bytes) -> Halves:
         """An INT8 segment's scales, [layers, 2, kv_heads, blocks, block_size]; a view. None in the other formats."""
         num_blocks = self._num_blocks(segment)
         scales = segment[num_blocks * self.planes_per_block * self.plane_bytes :].view(np.float16)
-        return scales.reshape(self.num_layers, 2, self.kv_heads, num_blocks, self.scale_bytes // _SCALE_BYTES)
+        return scales.reshape(self.num_layers, 2, self.num_kv_heads, num_blocks, self.scale_bytes // _SCALE_BYTES)
 
     def encode(self, rows: Floats, side: int) -> tuple[Bytes, Halves]:
         """Planes and scales of [..., block_size, head_dim] keys (`side` KEYS) or values."""

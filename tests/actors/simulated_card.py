@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -121,7 +120,8 @@ class CardMemory:
         self.card = card
         self.block_bytes = BLOCK_BYTES
         self.segment_blocks = SEGMENT_BLOCKS
-        self.cache = SimpleNamespace(segments={}, device=torch.device("cpu"))
+        self.allocated: dict[int, Any] = {}
+        self.device = torch.device("cpu")
         self._segments: dict[int, int] = {}
 
     @property

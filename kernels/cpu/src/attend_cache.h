@@ -58,6 +58,10 @@ struct kv_int8 {
 };
 static const float MOST_WORD = 32767.0f;
 
+// Bytes of 16 slots' keys or values.
+template <class F>
+static inline int64_t tile_bytes(int dim) { return (int64_t)dim / F::DEEP * F::B_BYTES; }
+
 static inline int64_t element_bytes(const ek_cache* cache) {
   return cache->format == EK_KV_F32 ? 4 : cache->format == EK_KV_INT8 ? 1 : 2;
 }

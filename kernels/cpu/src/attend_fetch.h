@@ -7,7 +7,9 @@
 #include "attend_cache.h"
 
 #ifndef EK_UNROLL
-#if defined(__clang__)
+#if EK_VECTOR_REGISTERS < 8
+#define EK_UNROLL
+#elif defined(__clang__)
 #define EK_UNROLL _Pragma("unroll")
 #else
 #define EK_UNROLL _Pragma("GCC unroll 16")
@@ -27,52 +29,59 @@ template <class F>
 static inline int64_t key_window() { return WINDOW / CHUNK / F::B_BYTES; }
 template <class F>
 static inline int value_window(int dim) {
-  const int64_t tile_bytes = (int64_t)dim / F::DEEP * F::B_BYTES;
-  return tile_bytes * 4 <= WINDOW ? 4 : tile_bytes * 2 <= WINDOW ? 2 : 1;
+  const int64_t bytes = tile_bytes<F>(dim);
+  return bytes * 4 <= WINDOW ? 4 : bytes * 2 <= WINDOW ? 2 : 1;
 }
 
-// What to fetch while something is worked on: line i is at[i % 4] + i / 4 * step.
+// What to fetch while vectors of K or V are worked on, a line for each of them: line i is at[i % 4] + i / 4 * step.
 struct fetch_ahead {
-  const char* at[4];  // at[0] null: nothing
+  const char* at[4];
   int64_t step;
+  int64_t line, stop;  // the next, and where to end
+  int64_t wait;        // steps to the next
+  int64_t every;       // steps from then on
 };
 
-// Lines end to end (`count` 1), or of 2 or 4 of `runs` in turn; where there are only `left` runs, of the first again.
-static fetch_ahead lines_of(const char* const* runs, int count, int left, int64_t offset) {
+// `bytes` from each of `count` (1, 2 or 4) runs, a line of each in turn; where there are only `left` runs, of the first
+// again. Formats whose vectors are part of a line want one line for several of them.
+template <class F>
+static fetch_ahead lines_of(const char* const* runs, int count, int left, int64_t offset, int64_t bytes) {
   fetch_ahead ahead;
-  ahead.step = 256 / count;
   for (int n = 0; n < 4; n++) ahead.at[n] = runs[n % count < left ? n % count : 0] + offset + n / count * 64;
+  ahead.step = 256 / count;
+  ahead.line = 0;
+  ahead.stop = bytes * count / 64;
+  ahead.wait = 1;
+  ahead.every = 64 / F::B_BYTES;
   return ahead;
 }
 
-// Fetches as vectors of b are worked on, N at a time, `done` of them before. Always inlined: gcc drops calls of
-// functions that do nothing but prefetch.
-template <class F, int N>
-struct fetcher {
-  static const uint64_t LINE = 64 / F::B_BYTES;  // vectors of a line
-  fetch_ahead ahead;
-  uint64_t vector;
-  int64_t offset;
+// Share `i` of `shares`, each to be fetched during a pass over the same vectors, evenly spread.
+static inline fetch_ahead share_of(const fetch_ahead* ahead, int i, int shares) {
+  fetch_ahead share = *ahead;
+  const int64_t each = (ahead->stop / 4 + shares - 1) / shares * 4;
+  share.line = i * each;
+  share.stop = share.line + each < ahead->stop ? share.line + each : ahead->stop;
+  if (each > 0) share.every = ahead->every * (ahead->stop / each);
+  return share;
+}
 
-  __attribute__((always_inline)) inline fetcher(const fetch_ahead* given, int64_t done)
-      : ahead(given != nullptr ? *given : fetch_ahead()), vector(done), offset(done / 4 / LINE * ahead.step) {}
-
-  __attribute__((always_inline)) inline void next() {
-    if (N == 4) {
-      if (LINE == 1 || vector % (4 * LINE) == 0) {
-        EK_UNROLL
-        for (int n = 0; n < 4; n++) prefetch(ahead.at[n] + offset);
-        offset += ahead.step;
-      }
-    } else {
-      EK_UNROLL
-      for (int n = 0; n < N; n++) {
-        const uint64_t line = (vector + n) / LINE;
-        if ((vector + n) % LINE == 0) prefetch(ahead.at[line % 4] + line / 4 * ahead.step);
-      }
-    }
-    vector += N;
+// To be called once for every step, of N vectors. Always inlined: gcc drops calls of functions that do nothing but
+// prefetch.
+template <int N>
+__attribute__((always_inline)) static inline void fetch(fetch_ahead* ahead) {
+  if (--ahead->wait) return;
+  ahead->wait = ahead->every;
+  if (ahead->line >= ahead->stop) return;
+  if (N == 4) {
+    const int64_t offset = ahead->line / 4 * ahead->step;
+    EK_UNROLL
+    for (int n = 0; n < 4; n++) prefetch(ahead->at[n] + offset);
+    ahead->line += 4;
+  } else {
+    EK_UNROLL
+    for (int n = 0; n < N; n++, ahead->line++) prefetch(ahead->at[ahead->line % 4] + ahead->line / 4 * ahead->step);
   }
-};
+}
 
 }  // namespace EK_TIER

@@ -7,59 +7,65 @@
 
 namespace EK_TIER {
 
-// The first window of V, or of K, of a part.
+// What to fetch while something else is worked on, if there is anything: a chunk of K, a window of V.
 template <class F>
-static fetch_ahead first_values(const part_view* view, int dim) {
-  return lines_of(view->values + view->first, view->in_order ? 1 : value_window<F>(dim), view->stop - view->first, 0);
+static fetch_ahead keys_ahead(const part_view* view, int tile, int dim) {
+  const int64_t bytes = tile_bytes<F>(dim);
+  if (view->in_order) return lines_of<F>(view->key_runs + tile, 1, 1, 0, bytes * CHUNK);
+  return lines_of<F>(view->key_runs + tile, CHUNK, view->stop - tile, 0, bytes);
 }
-static fetch_ahead first_keys(const part_view* view) {
-  return lines_of(view->key_runs + view->first, view->in_order ? 1 : CHUNK, view->stop - view->first, 0);
+template <class F>
+static fetch_ahead values_ahead(const part_view* view, int tile, int dim) {
+  const int64_t bytes = tile_bytes<F>(dim);
+  const int window = value_window<F>(dim);
+  if (view->in_order) return lines_of<F>(view->values + tile, 1, 1, 0, bytes * window);
+  return lines_of<F>(view->values + tile, window, view->stop - tile, 0, bytes);
 }
 
-// What to fetch while a chunk's rows of K are worked on, window by window: tiles that lie end to end one chunk ahead,
-// others one window ahead, which begins with what is left of this very chunk. After the last chunk V comes.
+// What to fetch while a chunk of K is worked on: the next one, after the last one V.
 template <class F>
-static void fetch_scores(const part_view* view, int chunk, int windows, int dim, fetch_ahead* aheads) {
-  const int begin = chunk > view->first ? chunk : view->first, next = chunk + CHUNK;
-  const bool more = next < view->stop;
-  for (int i = 0; i < windows; i++) {
-    if (view->in_order && more) {
-      aheads[i] = lines_of(view->key_runs + next, 1, 1, i * WINDOW);
-    } else if (i + 1 == windows) {
-      aheads[i] = more ? lines_of(view->key_runs + next, CHUNK, view->stop - next, 0) : first_values<F>(view, dim);
-    } else if (view->in_order) {
-      aheads[i] = fetch_ahead();
-    } else {
-      aheads[i] = lines_of(view->key_runs + begin, CHUNK, view->stop - begin, (i + 1) * WINDOW / CHUNK);
-    }
+static fetch_ahead after_keys(const part_view* view, int chunk, int dim) {
+  const int next = chunk + CHUNK;
+  return next < view->stop ? keys_ahead<F>(view, next, dim) : values_ahead<F>(view, view->first, dim);
+}
+
+// The same where it is worked on only once and so is done with soon: not all of the next chunk, but as much as makes a
+// window, beginning with what is left of this very chunk. One for each window of rows.
+template <class F>
+static void after_key_windows(const part_view* view, int chunk, int windows, int dim, fetch_ahead* aheads) {
+  const int begin = chunk > view->first ? chunk : view->first;
+  const int64_t bytes = WINDOW / CHUNK;
+  for (int i = 0; i + 1 < windows; i++) {
+    aheads[i] = lines_of<F>(view->key_runs + begin, CHUNK, view->stop - begin, (i + 1) * bytes, bytes);
   }
+  fetch_ahead* const last = &aheads[windows - 1];
+  *last = after_keys<F>(view, chunk, dim);
+  if (last->stop > WINDOW / 64) last->stop = WINDOW / 64;
 }
 
 // Products q.k of all rows with the tiles that a block of them sees.
 template <class F>
 static void find_scores(const attend_tile* tile, const part_view* view) {
   tile_room* room = tile->room;
-  const int64_t depth = tile->dim / F::DEEP, window = key_window<F>();
-  const int windows = (int)((depth + window - 1) / window);
+  const int64_t depth = tile->dim / F::DEEP;
+  const bool in_windows = tile->num_blocks == 1 && !view->in_order;
+  const int64_t window = in_windows ? key_window<F>() : depth;
   fetch_ahead aheads[MOST_DIM * 4 * 16 * CHUNK / WINDOW];
   for (int chunk = view->first / CHUNK * CHUNK; chunk < view->stop; chunk += CHUNK) {
-    fetch_scores<F>(view, chunk, windows, tile->dim, aheads);
-    bool fetches = true;
+    const fetch_ahead ahead = after_keys<F>(view, chunk, tile->dim);
+    if (in_windows) after_key_windows<F>(view, chunk, (int)((depth + window - 1) / window), tile->dim, aheads);
     for (int block = 0; block < tile->num_blocks; block++) {
       const int from = first_row(tile, block), rows = first_row(tile, block + 1) - from;
       const int first = room->first[from / tile->group], stop = room->stop[(from + rows - 1) / tile->group];
-      int i = first / 16 > chunk ? first / 16 : chunk;
       const int until = (stop + 15) / 16 < chunk + CHUNK ? (stop + 15) / 16 : chunk + CHUNK;
-      const bool is_first = fetches && i < until;
-      if (is_first) fetches = false;
-      for (int64_t vector = 0; i < until; i += BLOCK_VECTORS, vector += window * BLOCK_VECTORS) {
+      if (!in_windows) aheads[0] = share_of(&ahead, block, tile->num_blocks);
+      for (int i = first / 16 > chunk ? first / 16 : chunk; i < until; i += BLOCK_VECTORS) {
         const score_job job = {room->queries + from * depth * F::A_BYTES,
                                view->keys + i,
                                (int64_t)tile->a->cache->block_size / 16 * F::B_BYTES,
                                depth,
-                               is_first ? aheads : nullptr,
+                               aheads,
                                window,
-                               vector,
                                room->scores + from * SCORE_STRIDE + 16 * i};
         score<F>(rows, until - i < BLOCK_VECTORS ? until - i : BLOCK_VECTORS, &job);
       }
@@ -70,12 +76,11 @@ static void find_scores(const attend_tile* tile, const part_view* view) {
 // Adds to rows `from` .. the values in rows first .. stop - 1 of V (of DEEP slots each) with their probabilities.
 template <class F>
 static void add_rows(const attend_tile* tile, const char* const* values, int from, int rows, int first, int stop,
-                     const fetch_ahead* ahead = nullptr) {
+                     fetch_ahead* ahead = nullptr) {
   if (first >= stop) return;
   tile_room* room = tile->room;
   const int vectors = tile->dim / 16;
-  int64_t vector = 0;
-  for (int i = 0; i < vectors; i += BLOCK_VECTORS, vector += (stop - first) * BLOCK_VECTORS) {
+  for (int i = 0; i < vectors; i += BLOCK_VECTORS) {
     const value_job job = {(const char*)(room->scores + from * SCORE_STRIDE),
                            values,
                            i * F::B_BYTES,
@@ -83,7 +88,6 @@ static void add_rows(const attend_tile* tile, const char* const* values, int fro
                            first,
                            stop,
                            ahead,
-                           vector,
                            room->values + from * OUT_STRIDE + 16 * i};
     add_values<F>(rows, vectors - i < BLOCK_VECTORS ? vectors - i : BLOCK_VECTORS, &job);
   }
@@ -161,20 +165,19 @@ static void find_values(const attend_tile* tile, const part_view* view, const pa
   }
   const int window = value_window<F>(tile->dim), window_rows = 16 * window / F::DEEP;
   for (int i = view->first / window * window; i < view->stop; i += window) {
-    const int after = i + window, row = i * 16 / F::DEEP;
+    const int row = i * 16 / F::DEEP;
     fetch_ahead ahead = fetch_ahead();
-    if (after < view->stop) {
-      ahead = lines_of(view->values + after, view->in_order ? 1 : window, view->stop - after, 0);
+    if (i + window < view->stop) {
+      ahead = values_ahead<F>(view, i + window, tile->dim);
     } else if (next != nullptr) {
-      ahead = first_keys(next);
+      ahead = keys_ahead<F>(next, next->first, tile->dim);
     }
-    bool fetches = true;
     for (int block = 0; block < tile->num_blocks; block++) {
       const int from = first_row(tile, block), rows = first_row(tile, block + 1) - from;
       const int first = zones[block].first > row ? zones[block].first : row;
       const int stop = zones[block].stop < row + window_rows ? zones[block].stop : row + window_rows;
-      add_rows<F>(tile, view->values, from, rows, first, stop, fetches ? &ahead : nullptr);
-      if (first < stop) fetches = false;
+      fetch_ahead share = share_of(&ahead, block, tile->num_blocks);
+      add_rows<F>(tile, view->values, from, rows, first, stop, ahead.at[0] == nullptr ? nullptr : &share);
     }
   }
   for (int block = 0; block < tile->num_blocks; block++) add_edges<F, false>(tile, view, block, zones[block]);

@@ -23,9 +23,8 @@ struct score_job {
   const char* const* b;  // K of N tiles of 16 slots
   int64_t b_stride;      // bytes from one row of b to the next
   int64_t depth;         // rows of b
-  const fetch_ahead* ahead;  // one for each `window` rows, or null
+  fetch_ahead* ahead;    // one for each `window` rows, or null
   int64_t window;
-  int64_t vector;        // of the window that the first one here is
   float* out;            // [R][SCORE_STRIDE], F::sum_type
 };
 
@@ -43,13 +42,13 @@ static void score_block(const score_job* job) {
   const int64_t stride = job->b_stride, depth = job->depth, window = job->window;
   for (int64_t i = 0, number = 0; i < depth; number++) {
     const int64_t until = i + window < depth ? i + window : depth;
-    fetcher<F, N> fetch(job->ahead == nullptr ? nullptr : job->ahead + number, job->vector);
-    const bool fetches = fetch.ahead.at[0] != nullptr;
+    const bool fetches = job->ahead != nullptr;
+    fetch_ahead ahead = fetches ? job->ahead[number] : fetch_ahead();
     for (; i < until; i++, a += R * F::A_BYTES) {
       typename F::b_type loaded[N];
       EK_UNROLL
       for (int n = 0; n < N; n++) loaded[n] = F::load(b[n] + i * stride);
-      if (fetches) fetch.next();
+      if (fetches) fetch<N>(&ahead);
       EK_UNROLL
       for (int r = 0; r < R; r++) {
         const typename F::a_type x = F::spread(a + r * F::A_BYTES);
@@ -57,6 +56,7 @@ static void score_block(const score_job* job) {
         for (int n = 0; n < N; n++) sums[r][n] = F::dot(sums[r][n], loaded[n], x);
       }
     }
+    if (fetches) job->ahead[number] = ahead;
   }
   EK_UNROLL
   for (int r = 0; r < R; r++) {
@@ -71,8 +71,7 @@ struct value_job {
   int64_t b_offset;          // bytes to the first of the N vectors
   int64_t b_stride;
   int64_t first, stop;       // rows of b
-  const fetch_ahead* ahead;  // or null
-  int64_t vector;            // vectors that were worked on since ahead's first line
+  fetch_ahead* ahead;        // or null
   float* out;                // [R][OUT_STRIDE], F::sum_type, added to
 };
 
@@ -86,8 +85,8 @@ static void value_block(const value_job* job) {
     for (int n = 0; n < N; n++) sums[r][n] = F::load_sum(job->out + r * OUT_STRIDE + 16 * n);
   }
   const int64_t stride = job->b_stride, stop = job->stop;
-  fetcher<F, N> fetch(job->ahead, job->vector);
-  const bool fetches = fetch.ahead.at[0] != nullptr;
+  const bool fetches = job->ahead != nullptr;
+  fetch_ahead ahead = fetches ? *job->ahead : fetch_ahead();
   for (int64_t i = job->first; i < stop;) {
     const int64_t tile = i / tile_rows, until = (tile + 1) * tile_rows < stop ? (tile + 1) * tile_rows : stop;
     const char* b = job->b[tile] + i % tile_rows * stride + job->b_offset;
@@ -95,7 +94,7 @@ static void value_block(const value_job* job) {
       typename F::b_type loaded[N];
       EK_UNROLL
       for (int n = 0; n < N; n++) loaded[n] = F::load(b + n * F::B_BYTES);
-      if (fetches) fetch.next();
+      if (fetches) fetch<N>(&ahead);
       EK_UNROLL
       for (int r = 0; r < R; r++) {
         const typename F::a_type x = F::spread(job->a + r * SCORE_STRIDE * 4 + i * F::A_BYTES);
@@ -104,6 +103,7 @@ static void value_block(const value_job* job) {
       }
     }
   }
+  if (fetches) *job->ahead = ahead;
   EK_UNROLL
   for (int r = 0; r < R; r++) {
     EK_UNROLL

@@ -92,18 +92,18 @@ static void find_part(const attend_tile* tile, int64_t part, part_view* view) {
   view->first = (int32_t)(first > 0 ? first / 16 : 0);
   view->stop = (int32_t)((stop < PART ? stop + 15 : PART) / 16);
   view->in_order = true;
-  const int64_t slot = view->slot + 16 * view->first, tile_bytes = (int64_t)tile->dim / F::DEEP * F::B_BYTES;
+  const int64_t slot = view->slot + 16 * view->first, bytes = tile_bytes<F>(tile->dim);
   const int64_t* block = tile->table + slot / cache->block_size;
   for (int i = view->first, in_block = (int)(slot % cache->block_size) / 16; i < view->stop; block++, in_block = 0) {
     const char* keys = plane_at(cache, tile->plane_bytes, tile->key_plane, *block);
     const int64_t planes = (tile->value_plane - tile->key_plane) * num_blocks_at(cache, *block);
     const char* values = keys + planes * tile->plane_bytes;
     const int end = i + cache->block_size / 16 - in_block, until = end < view->stop ? end : view->stop;
-    if (i > view->first && keys != view->key_runs[i - 1] + tile_bytes) view->in_order = false;
+    if (i > view->first && keys != view->key_runs[i - 1] + bytes) view->in_order = false;
     for (; i < until; i++, in_block++) {
       view->keys[i] = keys + in_block * F::B_BYTES;
-      view->key_runs[i] = keys + in_block * tile_bytes;
-      view->values[i] = values + in_block * tile_bytes;
+      view->key_runs[i] = keys + in_block * bytes;
+      view->values[i] = values + in_block * bytes;
     }
   }
 }

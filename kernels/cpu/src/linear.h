@@ -1,8 +1,8 @@
 // Linear layers: y = W x for any number of tokens, and what comes after it (ek.h: ek_linear).
 //
-// Weights are what takes time as long as tokens are few: each byte is read from memory once, as long streams, while the
-// tiles compute with what came before. With many tokens it is arithmetic, and what a tile reads must come from near: the
-// activations of a block of columns from the second cache, the weights of a chunk (two panels) from the first or second.
+// Weights are what takes time as long as tokens are few: each byte is read from memory once, in long streams, while
+// tiles compute with what came before. With many tokens it is arithmetic, and what a tile reads must come from near:
+// activations of a block of columns from the second cache, weights of a chunk (two panels) from the first or second.
 //
 // Rows of prepared activations are best an odd number of cache lines apart (kernels/cpu/formats.py: activation_stride),
 // and hold zeros up to whole pairs of columns (bf16).
@@ -85,7 +85,8 @@ static void multiply_floats(const work* k, const chunk* c, const char* acts, int
   }
 }
 
-typedef void (*int_tile_of)(const ek_matrix*, const uint8_t*, int64_t, const int_tokens*, int64_t, ahead, float*, int64_t);
+typedef void (*int_tile_of)(const ek_matrix*, const uint8_t*, int64_t, const int_tokens*, int64_t, ahead, float*,
+                            int64_t);
 
 template <class S>
 static int_tile_of int_tile_for(int64_t tokens, int64_t panels) {
@@ -148,7 +149,9 @@ static void prepare_starts(const work* k, int64_t block, int64_t cols, int64_t s
         for (int64_t g = 0; g < groups; g++) starts[g] = -8 * sums[g];
         break;
       case EK_Q6K:  // half groups, of whole super-blocks
-        for (int64_t g = 0; g < groups; g += 2) i8_sums(acts->q8 + row * acts->q8_stride + block + 32 * g, starts + 2 * g);
+        for (int64_t g = 0; g < groups; g += 2) {
+          i8_sums(acts->q8 + row * acts->q8_stride + block + EK_GROUP * g, starts + 2 * g);
+        }
         for (int64_t g = 0; g < 2 * groups; g++) starts[g] *= -32;
         break;
       default:

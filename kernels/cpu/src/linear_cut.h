@@ -12,18 +12,19 @@ enum {
   SUMS_BYTES = 512 << 10,
   STARTS_BYTES = 1024 << 10,
 
-  // Up to here, what takes time is mostly to read weights: an item is about as many of them as are read in the time in
-  // which a hundred items are claimed, and tiles go through chunks of 4 to 9 KiB a panel, so that memory has no pauses.
-  FEW_TOKENS = 48,
+  // Up to so many tokens, what takes time is mostly to read weights: an item is about as many of them as are read in
+  // the time in which a hundred items are claimed, and tiles go through chunks of 4 to 9 KiB a panel, so that memory
+  // has no pauses.
+  LINEAR_FEW = 48,
   ITEM_BYTES = 128 << 10,
   FLOAT_CHUNK_COLS = 128,
   INT_CHUNK_COLS = 1024,
 
-  // With more, it is arithmetic: activations of a block of columns stay in the second cache while an item's panels are
-  // multiplied with them, half a million by as many bytes.
-  MANY_TOKENS = 126,
-  MANY_PANELS = 8,
-  BLOCK_COLS = 2048,
+  // With more, it is arithmetic: half a megabyte of activations, of so many tokens and a block of columns, stays in the
+  // second cache while an item's panels are multiplied with it.
+  LINEAR_MANY = 126,
+  LINEAR_PANELS = 8,
+  LINEAR_BLOCK = 2048,
 };
 
 // An item is some panels of one part times some tokens. Its columns are done block by block, in a block its panels one
@@ -68,16 +69,16 @@ static cut cut_part(const ek_linear* linear, const ek_matrix* part) {
   cut c;
   const int64_t tokens = linear->tokens;
   c.panels = pieces(part->rows, EK_PANEL);
-  if (tokens <= FEW_TOKENS) {
+  if (tokens <= LINEAR_FEW) {
     const int64_t starts = 8 * pieces(part->cols, EK_GROUP);  // bytes of a token, at most
     c.item_tokens = least(tokens, most(1, STARTS_BYTES / starts));
     c.item_panels = ITEM_BYTES / ek_panel_bytes(part);
     c.block_cols = part->cols;
     c.chunk_cols = is_float(part) ? FLOAT_CHUNK_COLS : INT_CHUNK_COLS;
   } else {
-    c.item_tokens = pieces(tokens, pieces(tokens, MANY_TOKENS));
-    c.item_panels = MANY_PANELS;
-    c.block_cols = c.chunk_cols = BLOCK_COLS;
+    c.item_tokens = pieces(tokens, pieces(tokens, LINEAR_MANY));
+    c.item_panels = LINEAR_PANELS;
+    c.block_cols = c.chunk_cols = LINEAR_BLOCK;
   }
   const tiling tiles = tile_tokens(part, c.item_tokens);
   if (tiles.panels == 1 && tiles.rounds == 1) c.chunk_cols = c.block_cols;

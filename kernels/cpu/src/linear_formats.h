@@ -1,10 +1,10 @@
-// What the quantised panels of ek.h hold, one struct a format: tiles read them as they are, without a detour over memory.
+// What the quantised panels of ek.h hold, one struct a format: tiles read them as they are, and unpack in registers.
 //
 //   KIND           how an offset is paid for (linear_int.h)
 //   NARROW         the most tokens whose tiles are one panel wide
 //   LINES          cache lines to fetch ahead in a quarter of a group: 8 vectors and what goes with them
 //   groups, unit   groups of 32 columns in a unit; its bytes
-//   vector(u,g,i)  columns 4 i .. 4 i + 3 of group g of the unit at u, as unsigned bytes; i is known when it is compiled
+//   vector(u,g,i)  columns 4 i .. 4 i + 3 of group g of the unit at u, as unsigned bytes; compilers know i
 //   scale(u,g,h)   float32 of the group, or of half h of it
 //   minus(u,g)     minus the minimum
 #pragma once

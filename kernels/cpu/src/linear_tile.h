@@ -1,14 +1,14 @@
 // What the tiles of a linear layer have in common.
 //
 // Lanes are outputs: a tile adds up M tokens by N panels of 16 rows in registers, going through the columns in order.
-// Where it stops and another goes on, the sums rest in memory, as they were. So an output is the same to the bit whatever
-// the tile's size, the chunk of columns or the number of tokens.
+// Where it stops and another goes on, the sums rest in memory, as they were. So an output is the same to the bit
+// whatever the tile's size, the chunk of columns or the number of tokens.
 #pragma once
 #include "panels.h"
 #include "simd.h"
 
-// Loops over the parts of a tile, which is in registers only if nothing of them is left. Where a vector is a loop itself,
-// that would be a great deal of code for nothing.
+// Loops over the parts of a tile, which is in registers only if nothing is left of them. Where a vector is a loop
+// itself, that would be a great deal of code for nothing.
 #if EK_VECTOR_REGISTERS < 8
 #define EK_UNROLL
 #elif defined(__clang__)

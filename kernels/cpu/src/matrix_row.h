@@ -38,7 +38,8 @@ static void row_of_floats(const ek_matrix* m, const uint8_t* panel, int lane, fl
     uint16_t bits[16] = {0};
     for (int j = 0; j < n; j++) {
       const int64_t at = col + j;
-      memcpy(bits + j, m->format == EK_F16 ? panel + 32 * at + 2 * lane : panel + 64 * (at / 2) + 4 * lane + at % 2 * 2, 2);
+      const int64_t pair = 64 * (at / 2) + 4 * lane + at % 2 * 2;
+      memcpy(bits + j, panel + (m->format == EK_F16 ? 32 * at + 2 * lane : pair), 2);
     }
     vf_store_n(out + col, m->format == EK_F16 ? vf_from_f16(bits) : vf_from_bf16(bits), n);
   }

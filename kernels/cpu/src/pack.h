@@ -30,6 +30,5 @@ typedef struct ek_stored {
 // Of an encoding; `group` is affine4's, else 0. format is -1 where there is no such encoding.
 ek_stored ek_stored_as(int32_t encoding, int32_t group);
 
-// `blocks` blocks of a row to the panel, at the unit where they belong, as its row `lane`. The last block of F32, F16 and
-// BF16 (a column each) may be in the middle of a unit.
+// `blocks` blocks of a row to the panel, at the unit where they belong, as its row `lane`.
 void ek_pack_blocks(int32_t encoding, int32_t group, const uint8_t* from, int64_t blocks, uint8_t* to, int lane);

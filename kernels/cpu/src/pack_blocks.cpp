@@ -6,7 +6,7 @@
 
 namespace {
 
-// kvalues_iq4nl, and twice the values of E2M1 (OCP microscaling formats 1.0), both plus 128: of iq4_nl and iq4_xs, mxfp4.
+// kvalues_iq4nl, of iq4_nl and iq4_xs, and twice the values of E2M1 (OCP microscaling formats 1.0), both plus 128.
 const uint8_t IQ4[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 const uint8_t E2M1[16] = {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116};
 

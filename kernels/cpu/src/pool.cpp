@@ -183,8 +183,10 @@ void wait_until(ek_pool* pool, const wait& what) {
   while (!met(what, pool->opened.load(std::memory_order_acquire))) sleep_until(pool, what);
 }
 
+// Shares come last: the phase cannot end, and another thread open the next one, before all of it is published.
 void publish(ek_pool* pool, int64_t items) {
   const uint32_t phase = (pool->opened.load(std::memory_order_relaxed) & ~OVER) + 2;
+  pool->opened.store(phase);
   int64_t first = 0;
   for (int64_t i = 1; i <= pool->size; i++) {
     const int64_t stop = items * i / pool->size;
@@ -192,7 +194,6 @@ void publish(ek_pool* pool, int64_t items) {
     pool->workers[i - 1].share.store((uint64_t)phase << 32 | left, std::memory_order_release);
     first = stop;
   }
-  pool->opened.store(phase);
   wake_sleepers(pool);
 }
 
@@ -234,7 +235,7 @@ uint32_t do_items(ek_pool* pool, const worker* self) {
         seen = share->load(std::memory_order_acquire);
       }
       const uint32_t phase = (uint32_t)(seen >> 32);
-      // While a phase is being opened, some shares are still of the last.
+      // While a phase is being opened, some shares are still of the last: whoever sees one looks again.
       if (i == 0 || (int32_t)(phase - oldest) < 0) oldest = phase;
     }
     if (count == 0) return oldest;

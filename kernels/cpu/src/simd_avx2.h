@@ -1,5 +1,5 @@
-// simd.h on AVX2 with FMA and F16C: two registers of eight lanes. With AVX-VNNI (Alder Lake, Zen 5) the byte dot product
-// is one instruction here too.
+// simd.h on AVX2 with FMA and F16C: two registers of eight lanes. With AVX-VNNI (Alder Lake, Zen 5) the byte dot
+// product is one instruction here too.
 #pragma once
 #include <immintrin.h>
 
@@ -179,9 +179,9 @@ static inline vi vi_dot7(vi acc, vi w, vi x) { return ek_vi(ek_dot7(acc.lo, w.lo
 
 static inline __m256 ek_dot_bf16(__m256 acc, __m256i w, __m256i x) {
   __m256i high = _mm256_set1_epi32((int)0xffff0000);
-  acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), acc);
-  return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)),
-                         acc);
+  const __m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), x0 = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  const __m256 w1 = _mm256_castsi256_ps(_mm256_and_si256(w, high)), x1 = _mm256_castsi256_ps(_mm256_and_si256(x, high));
+  return _mm256_fmadd_ps(w1, x1, _mm256_fmadd_ps(w0, x0, acc));
 }
 static inline vf vf_dot_bf16(vf acc, vi w, vi x) {
   return ek_vf(ek_dot_bf16(acc.lo, w.lo, x.lo), ek_dot_bf16(acc.hi, w.hi, x.hi));

@@ -31,10 +31,12 @@ static inline vf vf_keep_n(vf a, int n, vf other) { return _mm512_mask_blend_ps(
 // Lanes before n replaced by `other`.
 static inline vf vf_drop_n(vf a, int n, vf other) { return _mm512_mask_blend_ps((__mmask16)((1u << n) - 1), a, other); }
 
-// exp, relative error below 2e-7 (denormal results: below 1e-44 absolute); at most 88; exactly 1 at 0. Cephes' reduction and polynomial of degree 6.
+// exp, relative error below 2e-7 (denormal results: below 1e-44 absolute); at most 88; exactly 1 at 0. Cephes'
+// reduction and polynomial of degree 6.
 static inline vf vf_exp(vf x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // -inf would become NaN; x comes last, so that its NaN stays
-  vf n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf n = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
+  n = _mm512_roundscale_ps(n, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   vf r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
   vf p = _mm512_set1_ps(1.9875691500e-4f);
@@ -64,7 +66,9 @@ static inline void vf_to_f16(void* p, vf a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // 16 values to nearest even and to 16 bytes, clamped to int8.
-static inline void vf_to_i8(void* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))); }
+static inline void vf_to_i8(void* p, vf a) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
+}
 
 static inline vi vi_zero() { return _mm512_setzero_si512(); }
 static inline vi vi_all(int32_t x) { return _mm512_set1_epi32(x); }

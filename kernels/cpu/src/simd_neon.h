@@ -1,5 +1,5 @@
-// simd.h on AArch64: four registers of four lanes. The byte dot product is one instruction with i8mm (Armv8.6), two with
-// dotprod (Armv8.2), and multiplied out without either.
+// simd.h on AArch64: four registers of four lanes. The byte dot product is one instruction with i8mm (Armv8.6), two
+// with dotprod (Armv8.2), and multiplied out without either.
 #pragma once
 #include <arm_neon.h>
 
@@ -219,9 +219,9 @@ static inline vi vi_dot7(vi acc, vi w, vi x) {
 static inline vf vf_dot_bf16(vf acc, vi w, vi x) {
   EK_QUARTERS(i) {
     uint32x4_t a = vreinterpretq_u32_s32(w.v[i]), b = vreinterpretq_u32_s32(x.v[i]), high = vdupq_n_u32(0xffff0000);
-    acc.v[i] = vfmaq_f32(acc.v[i], vreinterpretq_f32_u32(vshlq_n_u32(a, 16)),
-                         vreinterpretq_f32_u32(vshlq_n_u32(b, 16)));
-    acc.v[i] = vfmaq_f32(acc.v[i], vreinterpretq_f32_u32(vandq_u32(a, high)), vreinterpretq_f32_u32(vandq_u32(b, high)));
+    const float32x4_t a0 = vreinterpretq_f32_u32(vshlq_n_u32(a, 16)), b0 = vreinterpretq_f32_u32(vshlq_n_u32(b, 16));
+    const float32x4_t a1 = vreinterpretq_f32_u32(vandq_u32(a, high)), b1 = vreinterpretq_f32_u32(vandq_u32(b, high));
+    acc.v[i] = vfmaq_f32(vfmaq_f32(acc.v[i], a0, b0), a1, b1);
   }
   return acc;
 }

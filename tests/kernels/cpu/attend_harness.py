@@ -18,6 +18,7 @@ from edgekv.kernels.cpu import abi
 from edgekv.kernels.cpu.abi import KvFormat
 from edgekv.kernels.cpu.kv import KEYS, VALUES, Bytes, Floats, KvLayout
 from edgekv.kernels.cpu.library import load_library
+from edgekv.kernels.cpu.program import Pool
 
 POISON = 0xFF  # bytes of it are NaN in every format of floats
 PART = 512  # slots that the kernels attend to together
@@ -69,7 +70,7 @@ class Sequence:
 
     @property
     def tokens(self) -> int:
-        return self.q.shape[1]
+        return len(self.q[0])
 
 
 def random_sequence(shape: Shape, tokens: int, rng: np.random.Generator) -> Sequence:
@@ -86,11 +87,14 @@ Schedule = list[list[tuple[int, int]]]
 
 
 @cache
-def pool(tier: str, threads: int) -> int:
-    """A pool of the library; lives as long as the process."""
-    made: int | None = load_library().functions.ek_pool_new(tier.encode(), threads, None)
-    assert made is not None
-    return made
+def pool(tier: str, threads: int) -> Pool:
+    """Its threads sleep when there is nothing to do."""
+    return Pool(load_library(), threads, tier=tier)
+
+
+def tiers() -> tuple[str, ...]:
+    """Those that work here."""
+    return load_library().tiers
 
 
 def aligned(num_bytes: int) -> Bytes:
@@ -216,7 +220,7 @@ def padded(rows: Floats) -> Floats:
     return wide[:, :-16]
 
 
-def run_layer(pool: int, step: Step, layer: int, sequences: ListOf[Sequence]) -> Floats:
+def run_layer(pool: Pool, step: Step, layer: int, sequences: ListOf[Sequence]) -> Floats:
     """Append and attend in one layer; [tokens, heads, head_dim]."""
     shape = step.cache.shape
     q, k, v = (
@@ -224,12 +228,9 @@ def run_layer(pool: int, step: Step, layer: int, sequences: ListOf[Sequence]) ->
         for name in "qkv"
     )
     out = padded(np.full((step.tokens, shape.heads, shape.head_dim), np.nan, np.float32))
-    functions = load_library().functions
-    sizing = step.attend(layer, q, k, v, out, None)
-    shared = aligned(functions.ek_attend_shared_bytes(ctypes.byref(sizing), functions.ek_pool_threads(pool)) + 64)
+    shared = aligned(pool.attend_shared_bytes(step.attend(layer, q, k, v, out, None)) + 64)
     shared[-64:] = 0x5A
-    attend = step.attend(layer, q, k, v, out, shared)
-    assert functions.ek_attend_run(pool, ctypes.byref(attend), 1, 1) == 0
+    pool.run_attend(step.attend(layer, q, k, v, out, shared))
     assert (shared[-64:] == 0x5A).all()
     assert out.base is not None
     assert np.isnan(np.asarray(out.base)[:, -16:]).all()
@@ -237,7 +238,7 @@ def run_layer(pool: int, step: Step, layer: int, sequences: ListOf[Sequence]) ->
 
 
 def play(
-    pool: int, shape: Shape, memory: Memory, sequences: ListOf[Sequence], schedule: Schedule
+    pool: Pool, shape: Shape, memory: Memory, sequences: ListOf[Sequence], schedule: Schedule
 ) -> tuple[list[Floats], Cache]:
     """Results of every sequence, [layers, tokens, heads, head_dim], and the cache as it is at the end."""
     state = Cache(shape, memory)
@@ -290,8 +291,8 @@ def expected(shape: Shape, q: Floats, keys: Floats, values: Floats) -> tuple[NDA
     )
 
 
-# Relative to the mean of |v|, and absolute (v is about 1). bf16: probabilities are rounded to it, half a unit in the last
-# of 8 bits, each in its own direction. int8: queries and probabilities have 15 bits, counted from their largest.
+# Relative to the mean of |v|, and absolute (v is about 1). bf16: probabilities are rounded to it, half a unit in the
+# last of 8 bits, each in its own direction. int8: queries and probabilities have 15 bits, counted from their largest.
 TOLERANCE = {
     KvFormat.F32: (1e-5, 1e-6),
     KvFormat.F16: (1e-5, 1e-6),
@@ -319,6 +320,6 @@ def rounded(layout: KvLayout, rows: Floats, side: int) -> Floats:
     tokens, size = rows.shape[1], layout.block_size
     filled = np.zeros((rows.shape[0], -(-tokens // size) * size, *rows.shape[2:]), np.float32)
     filled[:, :tokens] = rows
-    blocks = filled.reshape(rows.shape[0], -1, size, *rows.shape[2:]).swapaxes(2, 3)  # [layers, blocks, heads, size, dim]
+    blocks = filled.reshape(rows.shape[0], -1, size, *rows.shape[2:]).swapaxes(2, 3)
     decoded = layout.decode(*layout.encode(np.ascontiguousarray(blocks), side), side)
     return decoded.swapaxes(2, 3).reshape(filled.shape)[:, :tokens]

@@ -1,7 +1,7 @@
 """Linear layers of the CPU kernels on poisoned memory, and the formula in float64 beside them.
 
-A `Weight` is a matrix as a file has it: bytes of an encoding, drawn so that every bit is used and scales are numbers that
-a model has. What its bytes mean is for kernels/quant/dequantise.py to say.
+A `Weight` is a matrix as a file has it: bytes of an encoding, drawn so that every bit is used and scales are numbers
+that a model has. What its bytes mean is for kernels/quant/dequantise.py to say.
 """
 
 import ctypes

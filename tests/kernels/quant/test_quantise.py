@@ -83,8 +83,10 @@ def test_no_value_is_further_off_than_the_format_allows(seed: int, encoding: Enc
     values = noise(8, 128, seed)
     largest = values.view(8, -1, 32).abs().amax(2, keepdim=True)
     error = (back(encoding, values) - values).view(8, -1, 32).abs()
-    # int8: half a step and the scale's rounding; int4: the peak may be cut off by 1.75 of 8.75 steps.
-    assert (error <= largest * {"q8_0": 0.5 / 127 + 1e-3, "q4_0": 0.21}[encoding.name]).all()
+    # int8: half a step and the scale's rounding; int4: the peak may be cut off by 1.75 of 8.75 steps. Below 2^-14 the
+    # scale, a float16, is rounded to a multiple of 2^-24.
+    bound = largest * {"q8_0": 0.5 / 127 + 1e-3, "q4_0": 0.21}[encoding.name] + 127 * 2.0**-25
+    assert (error <= bound).all()
 
 
 @pytest.mark.parametrize("encoding", [Q8_0, Q4_0], ids=lambda encoding: encoding.name)

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekv.cli.app import app
-from edgekv.cli.load import Answer, percentile, summarise
+from edgekv.cli.load import Answer, summarise
+from edgekv.cli.percentile import percentile
 from tests.unit.cli.openai_server import Script, openai_server
 
 run = CliRunner().invoke

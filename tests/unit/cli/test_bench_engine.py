@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from edgekv.cli.app import app
 from edgekv.cli.bench_engine import Wanted, numbers
+from edgekv.kernels.cpu.library import available
 
 run = CliRunner().invoke
 SMALL = ["--contexts", "32", "--batch", "1,3", "--prefill", "48", "--steps", "4", "--repeat", "2", "--kernels", "torch"]
@@ -64,6 +65,23 @@ def test_a_person_gets_tables() -> None:
     assert "context 16" in done.stdout
     assert "prefill" not in done.stdout
     assert "meanwhile others used" in done.stdout
+
+
+@pytest.mark.skipif(not available(compile=True), reason="no compiled kernels here")
+def test_a_profile_says_which_operations_the_time_went_to() -> None:
+    options = ["--contexts", "64", "--batch", "2", "--prefill", "", "--steps", "8", "--repeat", "1", "--profile"]
+    done = run(app, ["bench", "engine", "demo", "--kernels", "native", "--json", *options])
+    assert done.exit_code == 0, done.output
+    [row] = json.loads(done.stdout)["decode"]
+    profile = row["profile"]
+    assert {"attend", "norm", "rope_append", "embed"} < profile.keys()
+    linears = [spent for name, spent in profile.items() if name.startswith("linear")]
+    assert all(spent["ms"] > 0 and spent["of_bandwidth"] is not None for spent in (*linears, profile["attend"]))
+    assert profile["norm"]["of_bandwidth"] is None
+    # The operations are all that the model does.
+    mean_model_ms = row["step_ms"]["p90"] * 8
+    assert 0 < sum(spent["ms"] for spent in profile.values()) < mean_model_ms
+    assert list(profile) == sorted(profile, key=lambda name: -profile[name]["ms"])
 
 
 def test_the_kv_pool_has_room_for_the_longest_of_all_sequences() -> None:

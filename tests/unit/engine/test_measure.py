@@ -1,5 +1,6 @@
 """The meter over a real engine: what it times, what it counts, and what is in the cache of the sequences it times."""
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -118,6 +119,12 @@ def test_other_runners_are_refused(core: EngineCore) -> None:
             EngineMeter(core, seed=9)
     finally:
         core.runner = runner
+
+
+def test_a_model_whose_work_goes_on_is_waited_for_and_the_waiting_is_the_models(core: EngineCore) -> None:
+    [step] = EngineMeter(core, seed=10, settle=lambda: time.sleep(0.05)).decode(20, 1, 1)
+    assert step.model_s >= 0.05
+    assert step.prepare_s < 0.05
 
 
 def test_a_sum_of_steps_is_a_step() -> None:

@@ -103,7 +103,7 @@ def test_who_is_not_installed_is_left_out(tmp_path: Path, capsys: pytest.Capture
 def test_peers_with_slots_are_measured_with_several_numbers_of_them(tmp_path: Path) -> None:
     [prefix] = [row for row in rows.ROWS if row.name == "prefix"]
     assert prefix.systems("bf16") == (
-        "llama.cpp -np 8", "llama.cpp -np 8 -kvu", "llama.cpp -np 1", "vLLM", "edgekv",
+        "llama.cpp -np 8", "llama.cpp -np 8 -kvu", "llama.cpp -np 1", "vLLM", "vLLM preloaded", "edgekv",
     )  # fmt: skip
     assert prefix.systems("q4_k_m") == ()
     [engine] = [row for row in rows.ROWS if row.name == "decode"]

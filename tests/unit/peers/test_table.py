@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from bench.peers.systems import family
-from bench.peers.table import gather, markdown
+from bench.peers.table import gather, markdown, overheads
 
 
 def turn(
@@ -28,7 +28,7 @@ def test_the_ratio_is_to_the_better_of_the_peers() -> None:
         turn("bf16", "edgekv", "decode", [30.0]),
     ]
     [quantity] = gather(lines).values()
-    assert quantity.ratio() == pytest.approx(1.2)
+    assert quantity.ratio("edgekv") == pytest.approx(1.2)
     assert markdown(lines).endswith("| **1.20** |")
 
 
@@ -39,7 +39,7 @@ def test_where_less_is_better_the_better_peer_is_the_lower_one() -> None:
         turn("bf16", "edgekv", "first token", [350.0, 350.0, 100.0], more=False),
     ]
     [quantity] = gather(lines).values()
-    assert quantity.ratio() == pytest.approx(0.5)
+    assert quantity.ratio("edgekv") == pytest.approx(0.5)
     assert quantity.good("edgekv") == pytest.approx(150.0)
 
 
@@ -54,6 +54,15 @@ def test_variants_of_a_system_share_a_cell_the_best_first() -> None:
     assert shown.endswith("| **2.00** |")
 
 
+def test_weights_that_edgekv_made_have_a_ratio_of_their_own() -> None:
+    lines = [
+        turn("q4_0", "llama.cpp", "decode", [50.0]),
+        turn("q4_0", "edgekv int4", "decode", [80.0]),
+        turn("q4_0", "edgekv", "decode", [60.0]),
+    ]
+    assert markdown(lines).endswith("| **1.20**<br>int4: 1.60 |")
+
+
 def test_without_a_peer_there_is_no_ratio() -> None:
     assert markdown([turn("bf16", "edgekv", "decode", [1.0])]).endswith("|  |")
 
@@ -64,9 +73,25 @@ def test_the_machine_and_what_else_it_did_stand_above() -> None:
     assert "other programs used 0.10 cores in the median turn" in shown
 
 
+def test_what_of_a_token_is_not_the_models_is_told() -> None:
+    detail = {"decode": [{"context": 128, "parts_us": {"model": 47_500.0}}]}
+    engine = turn("bf16", "edgekv", "decode, context 128", [20.4])
+    engine["turn"][1] = "decode"
+    http = turn("bf16", "edgekv", "1 streams, a token", [50.0], more=False)
+    shown = overheads([engine | {"detail": detail}, http])
+    assert shown.endswith("| bf16 | edgekv | 47.50 | 49.02 | 50.00 | **5.0%** |")
+    assert overheads([engine | {"detail": detail}]) == ""
+
+
 @pytest.mark.parametrize(
     ("system", "whose"),
-    [("llama.cpp -np 8 -kvu", "llama.cpp"), ("edgekv int8", "edgekv"), ("vLLM", "vLLM"), ("edgekv", "edgekv")],
+    [
+        ("llama.cpp -np 8 -kvu", "llama.cpp"),
+        ("edgekv int8", "edgekv"),
+        ("vLLM", "vLLM"),
+        ("vLLM preloaded", "vLLM"),
+        ("edgekv", "edgekv"),
+    ],
 )
 def test_a_variant_belongs_to_its_family(system: str, whose: str) -> None:
     assert family(system) == whose
