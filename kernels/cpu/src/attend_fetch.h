@@ -33,13 +33,13 @@ static inline int value_window(int dim) {
   return bytes * 4 <= WINDOW ? 4 : bytes * 2 <= WINDOW ? 2 : 1;
 }
 
-// What to fetch while vectors of K or V are worked on, a line for each of them: line i is at[i % 4] + i / 4 * step.
+// What to fetch while vectors of K or V are worked on, a line for each of them: line i is at[i % 4] + (i / 4 << shift).
 struct fetch_ahead {
   const char* at[4];
-  int64_t step;
-  int64_t line, stop;  // the next, and where to end
-  int64_t wait;        // steps to the next
-  int64_t every;       // steps from then on
+  uint32_t shift;
+  uint32_t wait;        // steps to the next
+  uint32_t every;       // steps from then on
+  uint64_t line, stop;  // the next, and where to end
 };
 
 // `bytes` from each of `count` (1, 2 or 4) runs, a line of each in turn; where there are only `left` runs, of the first
@@ -48,7 +48,7 @@ template <class F>
 static fetch_ahead lines_of(const char* const* runs, int count, int left, int64_t offset, int64_t bytes) {
   fetch_ahead ahead;
   for (int n = 0; n < 4; n++) ahead.at[n] = runs[n % count < left ? n % count : 0] + offset + n / count * 64;
-  ahead.step = 256 / count;
+  ahead.shift = count == 1 ? 8 : count == 2 ? 7 : 6;
   ahead.line = 0;
   ahead.stop = bytes * count / 64;
   ahead.wait = 1;
@@ -59,10 +59,10 @@ static fetch_ahead lines_of(const char* const* runs, int count, int left, int64_
 // Share `i` of `shares`, each to be fetched during a pass over the same vectors, evenly spread.
 static inline fetch_ahead share_of(const fetch_ahead* ahead, int i, int shares) {
   fetch_ahead share = *ahead;
-  const int64_t each = (ahead->stop / 4 + shares - 1) / shares * 4;
+  const uint64_t each = (ahead->stop / 4 + shares - 1) / shares * 4;
   share.line = i * each;
   share.stop = share.line + each < ahead->stop ? share.line + each : ahead->stop;
-  if (each > 0) share.every = ahead->every * (ahead->stop / each);
+  if (each > 0) share.every = ahead->every * (uint32_t)(ahead->stop / each);
   return share;
 }
 
@@ -74,13 +74,15 @@ __attribute__((always_inline)) static inline void fetch(fetch_ahead* ahead) {
   ahead->wait = ahead->every;
   if (ahead->line >= ahead->stop) return;
   if (N == 4) {
-    const int64_t offset = ahead->line / 4 * ahead->step;
+    const uint64_t offset = ahead->line / 4 << ahead->shift;
     EK_UNROLL
     for (int n = 0; n < 4; n++) prefetch(ahead->at[n] + offset);
     ahead->line += 4;
   } else {
     EK_UNROLL
-    for (int n = 0; n < N; n++, ahead->line++) prefetch(ahead->at[ahead->line % 4] + ahead->line / 4 * ahead->step);
+    for (int n = 0; n < N; n++, ahead->line++) {
+      prefetch(ahead->at[ahead->line % 4] + (ahead->line / 4 << ahead->shift));
+    }
   }
 }
 

@@ -51,7 +51,9 @@ def has_vnni() -> bool:
 
 
 @pytest.mark.parametrize(
-    ("tier", "flags"), [("avx2", AVX2), ("avx2", (*AVX2, "-mavxvnni")), ("avx512", AVX512)], ids=["avx2", "vnni", "avx512"]
+    ("tier", "flags"),
+    [("avx2", AVX2), ("avx2", (*AVX2, "-mavxvnni")), ("avx512", AVX512)],
+    ids=["avx2", "vnni", "avx512"],
 )
 def test_x86(plain: list[str], tmp_path: Path, tier: str, flags: tuple[str, ...]) -> None:
     compiler = find_compiler()
