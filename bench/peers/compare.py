@@ -13,6 +13,7 @@ Runs in: the main thread; owns: every process that it starts.
 import argparse
 import contextlib
 import json
+import math
 import os
 import secrets
 import signal
@@ -26,18 +27,23 @@ from typing import Any
 from bench.peers.process import Server, ServerFailed
 from bench.peers.rows import ROWS, Result, Row, RowFailed, Task
 from bench.peers.systems import SYSTEMS, Paths, launch
-from bench.peers.table import show
+from bench.peers.table import show, undisturbed
 from edgekv.cli.load import TOKENS_PER_WORD, WORDS
 from edgekv.cli.machine import LoadWatch, machine_line
 from edgekv.model.hf_config import read_spec
 from edgekv.text.tokenizer import load_tokenizer
 
+LOOK_S = 2.0
+
 
 class Sitting:
-    """The results so far. Invariant: the file has a line for each, and never two for the same turn."""
+    """The results so far. Invariant: the file has a line for each, and never two that count for the same turn.
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    A turn counts unless other programs used more than `most_others` cores during it.
+    """
+
+    def __init__(self, out: Path, most_others: float = math.inf) -> None:
+        self._out, self._most_others = out, most_others
         self.lines: list[dict[str, Any]] = []
         if out.exists():
             self.lines = [json.loads(line) for line in out.read_text().splitlines() if line.strip()]
@@ -45,12 +51,16 @@ class Sitting:
             self.add({"machine": machine_line(), "at": _now()})
 
     def has(self, weights: str, row: str, system: str, number: int) -> bool:
-        """Whether this turn was taken."""
-        return any(line.get("turn") == [weights, row, system, number] for line in self.lines)
+        """Whether this turn was taken, and counts."""
+        return any(line.get("turn") == [weights, row, system, number] for line in self.counting())
+
+    def counting(self) -> list[dict[str, Any]]:
+        """The lines that count."""
+        return undisturbed(self.lines, self._most_others)
 
     def seed(self, weights: str, row: str, number: int) -> int:
         """The round's: the same for all systems, and never used before it."""
-        for line in self.lines:
+        for line in self.counting():
             if "turn" in line and line["turn"][:2] + line["turn"][3:] == [weights, row, number]:
                 return int(line["seed"])
         return secrets.randbelow(1 << 31)
@@ -59,6 +69,21 @@ class Sitting:
         with self._out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
+
+
+class Quiet:
+    """Waits, at most `patience_s`, until other programs use no more than `most_others` cores."""
+
+    def __init__(self, most_others: float, patience_s: float) -> None:
+        self._most_others, self._patience_s = most_others, patience_s
+
+    def wait(self) -> None:
+        """Returns in any case."""
+        watch, deadline = LoadWatch(), time.monotonic() + self._patience_s
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            if watch.read().busy_cores <= self._most_others:
+                return
 
 
 class Servers:
@@ -101,8 +126,11 @@ class Servers:
 class Comparison:
     """All rows of all formats, in turns."""
 
-    def __init__(self, sitting: Sitting, paths: Paths, rounds: int, systems: tuple[str, ...]) -> None:
+    def __init__(
+        self, sitting: Sitting, paths: Paths, rounds: int, systems: tuple[str, ...] = (), quiet: Quiet | None = None
+    ) -> None:
         self._sitting, self._paths, self._rounds, self._systems = sitting, paths, rounds, systems
+        self._quiet = quiet
         tokenizer = load_tokenizer(paths.folder)
         words = len(tokenizer.encode(" ".join(WORDS), add_special_tokens=False, parse_special=False))
         self._tokens_per_word = words / len(WORDS) if words else TOKENS_PER_WORD
@@ -134,6 +162,8 @@ class Comparison:
                 _say(f"{weights} {row.name} {system}: {error}")
 
     def _turn(self, weights: str, row: Row, system: str, number: int, servers: Servers) -> None:
+        if self._quiet is not None:
+            self._quiet.wait()
         seed = self._sitting.seed(weights, row.name, number)
         with servers.awake(system) if row.is_http else contextlib.nullcontext("") as url:
             task = Task(system, weights, seed, self._paths, self._vocab_size, self._tokens_per_word, url)
@@ -185,6 +215,10 @@ def main() -> None:
     parser.add_argument("--weights", type=lambda asked: _chosen(asked, list(SYSTEMS)), default=list(SYSTEMS))
     parser.add_argument("--systems", default="", help="only these, by their names in the table, with commas between")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--most-others", type=float, default=math.inf, help="turns in which others used more cores are taken again"
+    )
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for that before each turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     rows = [row for row in ROWS if row.name in options.rows]
@@ -194,11 +228,12 @@ def main() -> None:
     logs = options.out.with_name(f"{options.out.name}.logs")
     logs.mkdir(exist_ok=True)
     paths = Paths(options.folder.resolve(), logs, options.llama_bin, options.vllm, options.threads, options.preload)
-    sitting = Sitting(options.out)
-    comparison = Comparison(sitting, paths, options.rounds, systems)
+    sitting = Sitting(options.out, options.most_others)
+    quiet = Quiet(options.most_others, options.patience) if options.patience else None
+    comparison = Comparison(sitting, paths, options.rounds, systems, quiet)
     for weights in options.weights:
         comparison.run(weights, rows)
-    show(sitting.lines)
+    show(sitting.counting())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 Runs in: anywhere; owns: nothing.
 """
 
+import argparse
 import json
+import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -141,9 +142,18 @@ def _cell(quantity: Quantity, name: str) -> str:
     return "<br>".join(cells)
 
 
+def undisturbed(lines: Iterable[dict[str, Any]], most_others: float) -> list[dict[str, Any]]:
+    """Without the turns during which other programs used more cores than that."""
+    return [line for line in lines if line.get("others_cores", 0.0) <= most_others]
+
+
 def main() -> None:
-    lines = [json.loads(line) for name in sys.argv[1:] for line in Path(name).read_text().splitlines() if line.strip()]
-    show(lines)
+    parser = argparse.ArgumentParser(description="The comparison as a Markdown table.")
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--most-others", type=float, default=math.inf, help="leave out turns in which others used more")
+    options = parser.parse_args()
+    lines = [json.loads(line) for file in options.results for line in file.read_text().splitlines() if line.strip()]
+    show(undisturbed(lines, options.most_others))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // Fetching keys and values from memory while those before them are worked on.
 //
-// Measured on Zen 5 over blocks in random order. A processor keeps only so many requests and drops further ones: what is
-// fetched much too early is not fetched at all, and what is fetched too late is waited for. Memory answers to several
+// Measured on Zen 5 over blocks in random order. A processor keeps only so many requests and drops further ones: what
+// is fetched much too early is not fetched at all, and what is fetched too late is waited for. Memory answers to several
 // pages at once sooner than to one after the other, and best to lines that lie end to end.
 #pragma once
 #include "attend_cache.h"
@@ -33,13 +33,15 @@ static inline int value_window(int dim) {
   return bytes * 4 <= WINDOW ? 4 : bytes * 2 <= WINDOW ? 2 : 1;
 }
 
-// What to fetch while vectors of K or V are worked on, a line for each of them: line i is at[i % 4] + (i / 4 << shift).
+// What to fetch while vectors of K or V are worked on, a line for each of them: four lines, then those `step` bytes
+// further on.
 struct fetch_ahead {
   const char* at[4];
-  uint32_t shift;
-  uint32_t wait;        // steps to the next
-  uint32_t every;       // steps from then on
-  uint64_t line, stop;  // the next, and where to end
+  int64_t step;
+  uint32_t turn;   // whose line is the next
+  uint32_t wait;   // steps to the next lines
+  uint32_t every;  // steps from then on
+  uint32_t left;   // times four lines that there are
 };
 
 // `bytes` from each of `count` (1, 2 or 4) runs, a line of each in turn; where there are only `left` runs, of the first
@@ -48,21 +50,26 @@ template <class F>
 static fetch_ahead lines_of(const char* const* runs, int count, int left, int64_t offset, int64_t bytes) {
   fetch_ahead ahead;
   for (int n = 0; n < 4; n++) ahead.at[n] = runs[n % count < left ? n % count : 0] + offset + n / count * 64;
-  ahead.shift = count == 1 ? 8 : count == 2 ? 7 : 6;
-  ahead.line = 0;
-  ahead.stop = bytes * count / 64;
-  ahead.wait = 1;
+  ahead.step = 256 / count;
+  ahead.turn = 0;
   ahead.every = 64 / F::B_BYTES;
+  ahead.left = (uint32_t)(bytes > 0 ? (bytes * count + 255) / 256 : 0);
+  ahead.wait = ahead.left > 0 ? 1 : UINT32_MAX;
   return ahead;
 }
 
 // Share `i` of `shares`, each to be fetched during a pass over the same vectors, evenly spread.
 static inline fetch_ahead share_of(const fetch_ahead* ahead, int i, int shares) {
+  const uint32_t each = (ahead->left + shares - 1) / shares, first = i * each;
   fetch_ahead share = *ahead;
-  const uint64_t each = (ahead->stop / 4 + shares - 1) / shares * 4;
-  share.line = i * each;
-  share.stop = share.line + each < ahead->stop ? share.line + each : ahead->stop;
-  if (each > 0) share.every = ahead->every * (uint32_t)(ahead->stop / each);
+  if (first >= ahead->left) {
+    share.left = 0;
+    share.wait = UINT32_MAX;
+    return share;
+  }
+  for (int n = 0; n < 4; n++) share.at[n] += first * ahead->step;
+  share.left = each < ahead->left - first ? each : ahead->left - first;
+  share.every = ahead->every * (ahead->left / each);
   return share;
 }
 
@@ -72,18 +79,23 @@ template <int N>
 __attribute__((always_inline)) static inline void fetch(fetch_ahead* ahead) {
   if (--ahead->wait) return;
   ahead->wait = ahead->every;
-  if (ahead->line >= ahead->stop) return;
   if (N == 4) {
-    const uint64_t offset = ahead->line / 4 << ahead->shift;
     EK_UNROLL
-    for (int n = 0; n < 4; n++) prefetch(ahead->at[n] + offset);
-    ahead->line += 4;
+    for (int n = 0; n < 4; n++) {
+      prefetch(ahead->at[n]);
+      ahead->at[n] += ahead->step;
+    }
+    ahead->left--;
   } else {
     EK_UNROLL
-    for (int n = 0; n < N; n++, ahead->line++) {
-      prefetch(ahead->at[ahead->line % 4] + (ahead->line / 4 << ahead->shift));
+    for (int n = 0; n < N; n++) {
+      prefetch(ahead->at[ahead->turn]);
+      ahead->at[ahead->turn] += ahead->step;
+      ahead->turn = (ahead->turn + 1) % 4;
+      if (ahead->turn == 0 && ahead->left > 0) ahead->left--;
     }
   }
+  if (ahead->left == 0) ahead->wait = UINT32_MAX;
 }
 
 }  // namespace EK_TIER

@@ -36,11 +36,12 @@ static void after_key_windows(const part_view* view, int chunk, int windows, int
   const int begin = chunk > view->first ? chunk : view->first;
   const int64_t bytes = WINDOW / CHUNK;
   for (int i = 0; i + 1 < windows; i++) {
-    aheads[i] = lines_of<F>(view->key_runs + begin, CHUNK, view->stop - begin, (i + 1) * bytes, bytes);
+    const int64_t offset = (i + 1) * bytes, left = tile_bytes<F>(dim) - offset;
+    aheads[i] = lines_of<F>(view->key_runs + begin, CHUNK, view->stop - begin, offset, left < bytes ? left : bytes);
   }
   fetch_ahead* const last = &aheads[windows - 1];
   *last = after_keys<F>(view, chunk, dim);
-  if (last->stop > WINDOW / 64) last->stop = WINDOW / 64;
+  if (last->left > WINDOW / 256) last->left = WINDOW / 256;
 }
 
 // Products q.k of all rows with the tiles that a block of them sees.

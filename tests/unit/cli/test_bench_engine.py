@@ -67,8 +67,9 @@ def test_a_person_gets_tables() -> None:
     assert "meanwhile others used" in done.stdout
 
 
-@pytest.mark.skipif(not available(compile=True), reason="no compiled kernels here")
 def test_a_profile_says_which_operations_the_time_went_to() -> None:
+    if not available(compile=True):
+        pytest.skip("no compiled kernels here")
     options = ["--contexts", "64", "--batch", "2", "--prefill", "", "--steps", "8", "--repeat", "1", "--profile"]
     done = run(app, ["bench", "engine", "demo", "--kernels", "native", "--json", *options])
     assert done.exit_code == 0, done.output

@@ -16,18 +16,19 @@ from edgekv.engine.measure_kernels import AttentionCase, LinearCase
 from edgekv.kernels.cpu.library import available
 
 run = CliRunner().invoke
-needs_kernels = pytest.mark.skipif(not available(compile=True), reason="no compiled kernels here")
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little memory and few repetitions."""
+    if not available(compile=True):
+        pytest.skip("no compiled kernels here")
     monkeypatch.setattr(measure_kernels, "ARENA_BYTES", 1 << 20)
     monkeypatch.setattr(measure_kernels, "LEAST_S", 0.0)
     monkeypatch.setattr(bandwidth, "BUFFER_BYTES", 1 << 20)
 
 
-@needs_kernels
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("kernels")
 def test_every_row_says_what_it_read_and_how_fast(tmp_path: Path) -> None:
     options = ["--formats", "bf16,q4_0", "--shapes", "64x256", "--tokens", "1,64", "--threads", "1"]
     options += ["--heads", "4/2x16", "--kv-dtypes", "bfloat16,int8", "--context", "48", "--batch", "1,3"]
@@ -57,8 +58,7 @@ def test_every_row_says_what_it_read_and_how_fast(tmp_path: Path) -> None:
         assert (row["torch_us"] is not None) == has_torch
 
 
-@needs_kernels
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("kernels")
 def test_a_person_gets_tables() -> None:
     options = ["--formats", "q8_0", "--shapes", "64x256", "--tokens", "1", "--heads", "", "--threads", "1"]
     done = run(app, ["bench", "kernels", "--no-torch", *options])

@@ -1,4 +1,5 @@
 import json
+import math
 import stat
 import sys
 from dataclasses import replace
@@ -6,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers import rows
-from bench.peers.compare import Comparison, Servers, Sitting
+from bench.peers import compare, rows
+from bench.peers.compare import Comparison, Quiet, Servers, Sitting
 from bench.peers.process import ServerFailed
 from bench.peers.rows import Measure, Result, Row, RowFailed, Task, decode, prefill
 from bench.peers.systems import Paths, launch
+from edgekv.cli.machine import LoadWatch, OtherLoad
 from edgekv.config.load import load_config
 from edgekv.demo import target_path
 
@@ -61,12 +63,12 @@ def comparison(tmp_path: Path) -> Comparison:
     return make(tmp_path)
 
 
-def make(tmp_path: Path, rounds: int = 2) -> Comparison:
+def make(tmp_path: Path, rounds: int = 2, most_others: float = math.inf) -> Comparison:
     folder = tmp_path / "demo"
     if not folder.exists():
         folder.symlink_to(target_path(), target_is_directory=True)
     where = replace(paths(tmp_path, llama=True), folder=folder)
-    return Comparison(Sitting(tmp_path / "out.jsonl"), where, rounds, ())
+    return Comparison(Sitting(tmp_path / "out.jsonl", most_others), where, rounds)
 
 
 def test_systems_take_turns_another_first_each_round_with_one_seed_a_round(comparison: Comparison) -> None:
@@ -91,6 +93,37 @@ def test_a_run_that_broke_off_goes_on_where_it_was(comparison: Comparison, tmp_p
     assert "machine" in lines[0]
     assert len(lines) == 1 + 6
     assert all({"seed", "others_cores", "stolen_cores", "seconds", "command"} <= line.keys() for line in lines[1:])
+
+
+def test_a_disturbed_turn_is_taken_again_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = iter([0.0, 0.0, 0.9, 0.0])
+    monkeypatch.setattr(LoadWatch, "read", lambda watch: OtherLoad(next(loads), 0.0))
+    (tmp_path / "demo-q4_0.gguf").touch()
+    first, second = Turns(), Turns()
+    make(tmp_path, rounds=1, most_others=0.5).run("q4_0", [first.row()])
+    make(tmp_path, rounds=1, most_others=0.5).run("q4_0", [second.row()])
+    assert len(first.taken) == 3
+    assert second.taken == [first.taken[-1]]
+    make(tmp_path, rounds=1, most_others=0.5).run("q4_0", [second.row()])
+    assert len(second.taken) == 1
+
+
+def test_a_turn_waits_for_others_to_be_quiet_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "LOOK_S", 0.001)
+    loads = [1.0, 1.0, 0.1, 1.0]
+    seen: list[float] = []
+
+    def read(watch: LoadWatch) -> OtherLoad:
+        seen.append(loads[min(len(seen), 3)])
+        return OtherLoad(seen[-1], 0.0)
+
+    monkeypatch.setattr(LoadWatch, "read", read)
+    Quiet(0.2, patience_s=60).wait()
+    assert seen == [1.0, 1.0, 0.1]
+    Quiet(0.2, patience_s=0.05).wait()
+    assert seen[-1] == 1.0
 
 
 def test_who_is_not_installed_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
