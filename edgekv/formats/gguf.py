@@ -14,6 +14,7 @@ header and data: what was checked is what is read, whatever the path names by th
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -73,19 +74,22 @@ class GgufFile:
             self._file = path.open("rb", buffering=0)
         except OSError as fault:
             raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-        try:
-            cursor = Cursor(path, self._file.fileno(), os.fstat(self._file.fileno()).st_size)
-            num_tensors, num_keys = _read_counts(cursor)
-            self.metadata = read_metadata(cursor, num_keys)
-            self.alignment = _alignment(self.metadata)
-            tensors = _read_tensors(cursor, num_tensors, self.alignment)
-            self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
-            cursor.end()
-        except BaseException as fault:
-            self._file.close()
-            if isinstance(fault, OSError):
+        with ExitStack() as opening:
+            opening.callback(self._file.close)
+            try:
+                self._read_header()
+            except OSError as fault:
                 raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-            raise
+            opening.pop_all()
+
+    def _read_header(self) -> None:
+        cursor = Cursor(self.path, self._file.fileno(), os.fstat(self._file.fileno()).st_size)
+        num_tensors, num_keys = _read_counts(cursor)
+        self.metadata = read_metadata(cursor, num_keys)
+        self.alignment = _alignment(self.metadata)
+        tensors = _read_tensors(cursor, num_tensors, self.alignment)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
+        cursor.end()
 
     def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fill `buffer` (of bytes) with the tensor's bytes from `start`; raises ModelError where the file ends."""

@@ -256,9 +256,7 @@ def read_one(read: Callable[[Path], None], allowed: tuple[type[Exception], ...],
             signal.setitimer(signal.ITIMER_PROF, 0)
     except allowed:
         return "refused", True
-    except BaseException as fault:
-        if isinstance(fault, KeyboardInterrupt):
-            raise
+    except (Exception, TooLong) as fault:
         return type(fault).__name__, False
     finally:
         path.unlink()
