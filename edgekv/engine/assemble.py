@@ -99,9 +99,9 @@ def assemble(
     pool: BlockMemory[Any]
     runner: ModelRunner
     if kernels.pool is not None:
+        native = load_native(settings, spec, choice, kernels.pool, progress)
         # Sampling is all that is left to torch; threads of its own would fight the kernels' for the cores.
         torch.set_num_threads(1)
-        native = load_native(settings, spec, choice, kernels.pool, progress)
         pool = native_pool = native_kv_pool(spec, memory)
         runner = NativeRunner(native, native_pool)
     else:
