@@ -215,7 +215,7 @@ class Layer:
             return y, error
         half = y.shape[1] // 2
         gate, up = y[:, :half], y[:, half:]
-        gated = gate / (1 + np.exp(-gate)) if self.epilogue is Epilogue.SILU_MUL else _gelu(gate)
+        gated = gate / (1 + np.exp(np.minimum(-gate, 700.0))) if self.epilogue is Epilogue.SILU_MUL else _gelu(gate)
         # Both functions have slopes below 1.2.
         off = 1.2 * error[:, :half] * np.abs(up) + error[:, half:] * np.abs(gated)
         return gated * up, off + 2e-6 * np.abs(gated * up) + 1e-30
