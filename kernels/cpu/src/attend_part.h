@@ -11,15 +11,16 @@ namespace EK_TIER {
 template <class F>
 static fetch_ahead keys_ahead(const part_view* view, int tile, int dim) {
   const int64_t bytes = tile_bytes<F>(dim);
-  if (view->in_order) return lines_of<F>(view->key_runs + tile, 1, 1, 0, bytes * CHUNK);
-  return lines_of<F>(view->key_runs + tile, CHUNK, view->stop - tile, 0, bytes);
+  const int left = view->stop - tile;
+  if (view->in_order) return lines_of<F>(view->key_runs + tile, 1, 1, 0, bytes * (left < CHUNK ? left : CHUNK));
+  return lines_of<F>(view->key_runs + tile, CHUNK, left, 0, bytes);
 }
 template <class F>
 static fetch_ahead values_ahead(const part_view* view, int tile, int dim) {
   const int64_t bytes = tile_bytes<F>(dim);
-  const int window = value_window<F>(dim);
-  if (view->in_order) return lines_of<F>(view->values + tile, 1, 1, 0, bytes * window);
-  return lines_of<F>(view->values + tile, window, view->stop - tile, 0, bytes);
+  const int window = value_window<F>(dim), left = view->stop - tile;
+  if (view->in_order) return lines_of<F>(view->values + tile, 1, 1, 0, bytes * (left < window ? left : window));
+  return lines_of<F>(view->values + tile, window, left, 0, bytes);
 }
 
 // What to fetch while a chunk of K is worked on: the next one, after the last one V.
@@ -125,10 +126,10 @@ template <class F>
 static block_zone zone_of(const attend_tile* tile, int block) {
   const tile_room* room = tile->room;
   const int token = first_row(tile, block) / tile->group, last = (first_row(tile, block + 1) - 1) / tile->group;
-  // Later tokens begin later and end later.
+  // Later tokens begin later and end later; one that sees nothing begins at the part's end or ends at its beginning.
   const block_zone zone = {whole_first<F>(room, last), whole_stop<F>(room, token)};
   const block_zone none = {PART, PART};
-  return zone.first < zone.stop && sees(room, token) && sees(room, last) ? zone : none;
+  return zone.first < zone.stop ? zone : none;
 }
 
 // What the tokens of a block see before (after) what all of it sees.

@@ -3,6 +3,7 @@
 
 #include "pool.h"
 #include "program.h"
+#include "stripes.h"
 #include "tiers.h"
 
 #if defined(__x86_64__)
@@ -128,6 +129,8 @@ struct job {
   const ek_tier* tier;
   const ek_linear* linear;
   const ek_attend* attend;
+  int64_t items;  // of the linear layer
+  int32_t threads;
 };
 
 }  // namespace
@@ -136,12 +139,14 @@ EK_EXPORT int32_t ek_linear_run(void* pool, const ek_linear* linear) {
   if (pool == nullptr) return EK_ERROR_NULL;
   const int32_t error = ek_linear_check(linear);
   if (error || linear->tokens == 0) return error;
-  job self = {ek_pool_tier((ek_pool*)pool), linear, nullptr};
-  const int64_t items = self.tier->linear_items(linear, ek_pool_size((ek_pool*)pool));
+  job self = {ek_pool_tier((ek_pool*)pool), linear, nullptr, 0, 0};
+  self.threads = ek_pool_size((ek_pool*)pool);
+  self.items = self.tier->linear_items(linear, self.threads);
   const auto item = [](void* context, int64_t i, void* scratch) {
-    ((job*)context)->tier->linear_item(((job*)context)->linear, i, scratch);
+    const job* self = (const job*)context;
+    self->tier->linear_item(self->linear, ek_striped(i, self->items, self->threads), scratch);
   };
-  return ek_pool_each((ek_pool*)pool, items, item, &self);
+  return ek_pool_each((ek_pool*)pool, self.items, item, &self);
 }
 
 // The batch's k and v into the cache, its q over the cache, or one after the other.
@@ -149,7 +154,7 @@ EK_EXPORT int32_t ek_attend_run(void* pool, const ek_attend* attend, int32_t app
   if (pool == nullptr) return EK_ERROR_NULL;
   const int32_t error = ek_attend_check(attend);
   if (error) return error;
-  job self = {ek_pool_tier((ek_pool*)pool), nullptr, attend};
+  job self = {ek_pool_tier((ek_pool*)pool), nullptr, attend, 0, 0};
   const int32_t threads = ek_pool_size((ek_pool*)pool);
   int32_t answer = EK_OK;
   if (append) {

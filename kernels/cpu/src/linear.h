@@ -195,7 +195,6 @@ static void multiply(const work* k, const cut* c) {
 
 static int64_t linear_items(const ek_linear* linear, int32_t threads) {
   (void)threads;  // items are small enough for any number of them
-  if (linear->tokens < 1) return 0;
   int64_t items = 0;
   for (int32_t i = 0; i < linear->num_parts; i++) {
     const cut c = cut_part(linear, &linear->parts[i]);

@@ -25,6 +25,15 @@ void nibbles(const uint8_t* from, uint8_t* to) {
   }
 }
 
+// Four bytes at a time, where all that is done to them stays within each.
+uint32_t word(const uint8_t* from, int i) {
+  uint32_t four;
+  memcpy(&four, from + 4 * i, 4);
+  return four;
+}
+
+void put_word(uint32_t four, int i, uint8_t* to) { memcpy(to + 4 * i, &four, 4); }
+
 // 32 columns' low halves to the bytes of four vectors: column j low, column j + 16 high.
 void pair_nibbles(const uint8_t* values, uint8_t* to) {
   for (int j = 0; j < 16; j++) to[j] = (uint8_t)((values[j] & 15) | (values[j + 16] & 15) << 4);
@@ -50,7 +59,10 @@ void pack_small(int32_t encoding, const uint8_t* from, uint8_t* to, int lane) {
       const uint8_t* high = from + (encoding == EK_ROWS_Q5_0 ? 2 : 4);
       const int offset = encoding == EK_ROWS_Q5_0 ? 112 : 0;
       nibbles(high + 4, q);
-      for (int j = 0; j < 32; j++) q[j] = (uint8_t)((q[j] | (high[j / 8] >> j % 8 & 1) << 4) + offset);
+      for (int i = 0; i < 8; i++) {  // bits 0 .. 3 to bits 0, 8, 16, 24
+        const uint32_t fifths = (high[i / 2] >> i % 2 * 4 & 15) * 0x00204081u & 0x01010101u;
+        put_word((word(q, i) | fifths << 4) + (uint32_t)offset * 0x01010101u, i, q);
+      }
       break;
     }
     case EK_ROWS_Q4_1: nibbles(from + 4, q); break;
@@ -113,9 +125,9 @@ void pack_minima(int32_t encoding, const uint8_t* from, uint8_t* to, int lane) {
     pair_nibbles(values, q);
     spread(q, 4, lane, to + EK_K_Q + 256 * g);
     if (encoding != EK_ROWS_Q5_K) continue;
-    uint8_t fifths[4] = {0, 0, 0, 0};
-    for (int j = 0; j < 32; j++) fifths[j % 4] = (uint8_t)(fifths[j % 4] | (high[j] >> g & 1) << j / 4);
-    spread(fifths, 1, lane, to + EK_Q5K_H + 64 * g);
+    uint32_t fifths = 0;
+    for (int i = 0; i < 8; i++) fifths |= (word(high, i) >> g & 0x01010101u) << i;
+    put_word(fifths, lane, to + EK_Q5K_H + 64 * g);
   }
 }
 
@@ -128,16 +140,16 @@ void pack_q6_k(const uint8_t* from, uint8_t* to, int lane) {
   for (int g = 0; g < 8; g++) {
     const uint8_t* low = from + 64 * (g / 4) + 32 * (g % 2);
     const uint8_t* high = from + 128 + 32 * (g / 4);
-    uint8_t values[32], q[16], h[8] = {0};
-    for (int j = 0; j < 32; j++) {
-      const int top = high[j] >> (g % 4 * 2) & 3;
-      values[j] = (uint8_t)(low[j] >> (g % 4 / 2 * 4));
-      h[j / 16 * 4 + j % 4] = (uint8_t)(h[j / 16 * 4 + j % 4] | top << (j % 16 / 4 * 2));
-    }
-    pair_nibbles(values, q);
     uint8_t* group = to + EK_Q6K_Q + EK_Q6K_GROUP * g;
+    uint8_t values[32], q[16];
+    for (int j = 0; j < 32; j++) values[j] = (uint8_t)(low[j] >> (g % 4 / 2 * 4));
+    pair_nibbles(values, q);
     spread(q, 4, lane, group);
-    spread(h, 2, lane, group + 256);
+    for (int half = 0; half < 2; half++) {
+      uint32_t tops = 0;
+      for (int i = 0; i < 4; i++) tops |= (word(high, 4 * half + i) >> (g % 4 * 2) & 0x03030303u) << 2 * i;
+      put_word(tops, lane, group + 256 + 64 * half);
+    }
   }
 }
 

@@ -3,7 +3,6 @@
 #endif
 #include "pool.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -268,6 +267,7 @@ void* worker_main(void* argument) {
 
 bool start(worker* self) {
   if (self->scratch == nullptr) return false;
+  if (self->number == 0) return true;  // the caller
   sigset_t all, before;  // signals are the business of the process's own threads
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -357,7 +357,7 @@ ek_pool* ek_pool_make(const ek_tier* tier, int32_t threads, const int32_t* cpus)
     self->number = i;
     self->cpu = cpus == nullptr ? -1 : cpus[i];
   }
-  while (pool->size < pool->asked && (pool->size == 0 || start(&pool->workers[pool->size]))) pool->size++;
+  while (pool->size < pool->asked && start(&pool->workers[pool->size])) pool->size++;
   if (pool->size > 0) return pool;
   ek_pool_end(pool);
   return nullptr;

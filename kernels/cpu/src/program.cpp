@@ -2,6 +2,8 @@
 
 #include <time.h>
 
+#include "stripes.h"
+
 namespace {
 
 // Rows are dealt out in items of about this many numbers, one to two microseconds; what is less stays with one thread.
@@ -24,6 +26,7 @@ struct walk {
   int64_t units;     // of rows
   int64_t units_per_item;
   int64_t append_items;
+  int64_t linear_items;
   ek_linear linear;
   ek_attend attend;
 };
@@ -38,7 +41,7 @@ int64_t rows_of(const ek_op* op, const ek_batch* batch) { return op->of_samples 
 
 void linear_item(void* context, int64_t item, void* scratch) {
   walk* self = (walk*)context;
-  self->tier->linear_item(&self->linear, item, scratch);
+  self->tier->linear_item(&self->linear, ek_striped(item, self->linear_items, self->threads), scratch);
 }
 
 void append_item(void* context, int64_t item, void* scratch) {
@@ -124,7 +127,8 @@ void set_phase(walk* self, ek_phase* phase) {
     case EK_OP_LINEAR:
       set_linear(self);
       phase->item = linear_item;
-      phase->items = self->linear.tokens == 0 ? 0 : self->tier->linear_items(&self->linear, self->threads);
+      self->linear_items = self->linear.tokens == 0 ? 0 : self->tier->linear_items(&self->linear, self->threads);
+      phase->items = self->linear_items;
       return;
     case EK_OP_ATTEND:
       set_attend(self);

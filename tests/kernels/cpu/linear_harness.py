@@ -87,10 +87,13 @@ class Weight:
         return packed
 
 
-def random_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
-    encoding = ENCODINGS[name]
-    raw = random_rows(encoding, rows, cols, rng)
+def weight_of(encoding: Encoding, raw: Bytes) -> Weight:
+    cols = raw.shape[1] // encoding.block_bytes * encoding.block_cols
     return Weight(encoding, raw, dequantise(encoding, torch.from_numpy(raw), cols).numpy())
+
+
+def random_weight(name: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
+    return weight_of(ENCODINGS[name], random_rows(ENCODINGS[name], rows, cols, rng))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,16 @@ from edgekv.kernels.cpu.abi import Epilogue
 from edgekv.kernels.cpu.formats import PanelFormat, panel_format
 from edgekv.kernels.cpu.library import load_library
 from edgekv.kernels.quant.encodings import ENCODINGS
-from tests.kernels.cpu.linear_harness import Activations, Floats, Layer, Weight, pool, random_weight
+from tests.kernels.cpu.linear_harness import (
+    Activations,
+    Floats,
+    Layer,
+    Weight,
+    pool,
+    random_rows,
+    random_weight,
+    weight_of,
+)
 
 # One encoding for each format of panels, and what has to be packed otherwise.
 FORMATS = ("f32", "f16", "bf16", "q8_0", "iq4_xs", "q5_1", "q4_0", "affine4_32", "affine4_64", "affine4_128",
@@ -64,7 +73,7 @@ def test_product(
     check(handle, layer, Activations(draw(rng, tokens, weight.values.shape[1])), draw(rng, tokens, rows))
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 49, 300])
+@pytest.mark.parametrize("tokens", [1, 16, 49, 301])
 @pytest.mark.parametrize("name", FORMATS)
 def test_many_columns_and_tokens(name: str, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
@@ -100,6 +109,14 @@ def test_gated(
         draw(rng, 32 * panels) if biased else None,
     )
     check(handle, layer, Activations(draw(rng, tokens, cols) / 4), draw(rng, tokens, 16 * panels))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_a_gate_and_what_it_gates_are_never_parted(handle: int, tokens: int) -> None:
+    rng, cols = np.random.default_rng(0), 5120  # of which a panel is more than is read at a time
+    weights = (random_weight("bf16", 48, cols, rng), random_weight("bf16", 48, cols, rng))
+    layer = Layer(weights, Epilogue.SILU_MUL)
+    check(handle, layer, Activations(draw(rng, tokens, cols) / 16), draw(rng, tokens, 48))
 
 
 @pytest.mark.parametrize("epilogue", GATED)
@@ -153,6 +170,16 @@ def test_a_token_is_the_same_in_every_batch(name: str, tier: str) -> None:
         assert np.array_equal(part, together[first : first + size]), size
 
 
+@pytest.mark.parametrize("threads", [3, 4, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    rng = np.random.default_rng(threads)
+    layer = Layer((random_weight("q4_0", 1500, 2048, rng), random_weight("bf16", 100, 2048, rng)))
+    one, many = pool(TIERS[0], 1), pool(TIERS[0], threads)
+    layer.pack(many)
+    acts, out = Activations(draw(rng, 2, 2048)), np.zeros((2, 1600), np.float32)
+    assert np.array_equal(layer.run(many, acts, out), layer.run(one, acts, out))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_activation_that_is_no_number_stays_with_its_token(handle: int, name: str) -> None:
     rng = np.random.default_rng(0)
@@ -170,24 +197,12 @@ def test_an_activation_that_is_no_number_stays_with_its_token(handle: int, name:
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q5_K", "q6_K", "affine4_32"])
 def test_the_largest_integers_do_not_overflow(handle: int, name: str) -> None:
     encoding = ENCODINGS[name]
-    rng = np.random.default_rng(0)
-    weight = random_weight(name, 16, 2 * encoding.block_cols, rng)
+    quants = {"q8_0": slice(2, None), "q4_0": slice(2, None), "q5_K": slice(16, None), "q6_K": slice(0, 192)}
+    rows = random_rows(encoding, 16, 2 * encoding.block_cols, np.random.default_rng(0))
+    x = np.full((2, 2 * encoding.block_cols), 3, np.float32)
+    x[1] = -3
     for byte in (0x00, 0xFF, 0x80, 0x7F):
-        raw = weight.raw.reshape(16, -1, encoding.block_bytes).copy()
-        places = {"q8_0": slice(2, None), "q4_0": slice(2, None), "q5_K": slice(16, None), "q6_K": slice(0, 192)}
-        raw[..., places.get(name, slice(4, None))] = byte
-        again = type(weight)(encoding, raw.reshape(16, -1), weight.values)
-        again = remade(again)
-        x = np.full((2, weight.values.shape[1]), 3, np.float32)
-        x[1] = -3
-        check(handle, Layer((again,)), Activations(x), np.zeros((2, 16), np.float32))
-
-
-def remade(weight: Weight) -> Weight:
-    """With the values that its bytes have now."""
-    import torch
-
-    from edgekv.kernels.quant.dequantise import dequantise
-
-    values = dequantise(weight.encoding, torch.from_numpy(weight.raw), weight.values.shape[1]).numpy()
-    return Weight(weight.encoding, weight.raw, values)
+        raw = rows.reshape(16, -1, encoding.block_bytes).copy()
+        raw[..., quants.get(name, slice(4, None))] = byte
+        weight = weight_of(encoding, raw.reshape(16, -1))
+        check(handle, Layer((weight,)), Activations(x), np.zeros((2, 16), np.float32))

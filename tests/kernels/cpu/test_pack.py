@@ -4,7 +4,6 @@ import ctypes
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,20 +17,22 @@ from edgekv.kernels.cpu.formats import (
     panel_format,
 )
 from edgekv.kernels.cpu.library import load_library
-from edgekv.kernels.quant.dequantise import dequantise
 from edgekv.kernels.quant.encodings import BF16, ENCODINGS, F32, Q4_0, Q4_K, Q8_0, Encoding
-from tests.kernels.cpu.linear_harness import Packed, Weight, pool, random_rows, random_weight
+from tests.kernels.cpu.linear_harness import (
+    Floats,
+    Packed,
+    Weight,
+    pool,
+    random_rows,
+    random_weight,
+    weight_of,
+)
 
 TIERS = load_library().tiers
 every_encoding = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
 
 
-def of(encoding: Encoding, raw: np.ndarray) -> Weight:
-    cols = raw.shape[1] // encoding.block_bytes * encoding.block_cols
-    return Weight(encoding, raw, dequantise(encoding, torch.from_numpy(raw), cols).numpy())
-
-
-def assert_same_bits(found: np.ndarray, wanted: np.ndarray) -> None:
+def assert_same_bits(found: Floats, wanted: Floats) -> None:
     """NaN for NaN; and 0 for what has a scale or a value too small for float32's full precision: runs flush those."""
     tiny = np.abs(wanted) < 128 * np.finfo(np.float32).tiny
     same = found.view(np.int32) == wanted.view(np.int32)
@@ -46,7 +47,7 @@ def test_any_bytes_come_back_as_what_they_mean(
     tier: str, encoding: Encoding, rows: int, blocks: int, seed: int
 ) -> None:
     raw = np.random.default_rng(seed).integers(0, 256, (rows, blocks * encoding.block_bytes), np.uint8)
-    weight, handle = of(encoding, raw), pool(tier, 2)
+    weight, handle = weight_of(encoding, raw), pool(tier, 2)
     assert_same_bits(weight.pack(handle).row_values(handle, range(rows)), weight.values)
 
 
@@ -93,7 +94,7 @@ def test_rows_may_lie_apart_in_the_file() -> None:
     handle, rng = pool(TIERS[0], 2), np.random.default_rng(0)
     raw = rng.integers(0, 256, (33, 3 * Q8_0.block_bytes + 5), np.uint8)
     inner = np.ascontiguousarray(raw[:, : 3 * Q8_0.block_bytes])
-    wanted = of(Q8_0, inner)
+    wanted = weight_of(Q8_0, inner)
     apart = Weight(Q8_0, raw, wanted.values)
     assert_same_bits(apart.pack(handle).row_values(handle, range(33)), wanted.values)
 
@@ -200,6 +201,6 @@ def test_rows_of_activations_are_an_odd_number_of_cache_lines_apart(cols: int, i
 def test_random_rows_have_finite_values() -> None:
     rng = np.random.default_rng(0)
     for encoding in ENCODINGS.values():
-        values = of(encoding, random_rows(encoding, 8, 4 * encoding.block_cols, rng)).values
+        values = weight_of(encoding, random_rows(encoding, 8, 4 * encoding.block_cols, rng)).values
         assert np.isfinite(values).all()
         assert values.std() > 0

@@ -1,4 +1,4 @@
-// What the pool promises, case by case: `pool_cases <case> <threads>` answers 0 or dies saying what was wrong.
+// What the pool promises, case by case: `pool_cases <case> <threads> <rounds>` ends with 0 or says what was wrong.
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -26,6 +26,7 @@
   } while (0)
 
 static ek_tier tier;
+static int rounds;
 static uint32_t state = 12345;
 static uint32_t draw(uint32_t below) { return (state = state * 1664525 + 1013904223) / 65536 % below; }
 
@@ -75,7 +76,7 @@ static void run(ek_pool* pool, phases* work) {
 }
 
 static void every_item_once(ek_pool* pool) {
-  for (int i = 0; i < 2000; i++) {
+  for (int i = 0; i < 100 * rounds; i++) {
     phases work;
     work.spin = draw(3) ? 0 : draw(300);
     for (uint32_t n = draw(6); n > 0; n--) work.sizes.push_back(draw(3) ? draw(20) : draw(3));
@@ -84,7 +85,7 @@ static void every_item_once(ek_pool* pool) {
 }
 
 static void sleepers_wake(ek_pool* pool) {
-  for (int i = 0; i < 30; i++) {
+  for (int i = 0; i < 2 * rounds; i++) {
     usleep(i % 3 == 0 ? 10 : 3000);  // workers sleep after a millisecond
     phases work;
     work.sizes = {1, 8, 1, 5};
@@ -99,11 +100,11 @@ static void sleep_item(void*, int64_t item, void*) {
 }
 
 static void a_long_item_holds_nobody_forever(ek_pool* pool) {
-  for (int i = 0; i < 10; i++) CHECK(ek_pool_each(pool, 4, sleep_item, nullptr) == EK_OK);
+  for (int i = 0; i < rounds; i++) CHECK(ek_pool_each(pool, 4, sleep_item, nullptr) == EK_OK);
 }
 
 static void idle_pools_end(ek_pool*) {
-  for (int i = 0; i < 200; i++) {
+  for (int i = 0; i < 10 * rounds; i++) {
     ek_pool* pool = ek_pool_make(&tier, 1 + i % 4, nullptr);
     CHECK(pool != nullptr);
     if (i % 3 == 1) {
@@ -332,7 +333,8 @@ static const named CASES[] = {
 };
 
 int main(int count, char** arguments) {
-  if (count != 3) return 2;
+  if (count != 4) return 2;
+  rounds = atoi(arguments[3]);
   for (const named& each : CASES) {
     if (strcmp(each.name, arguments[1]) != 0) continue;
     ek_pool* pool = ek_pool_make(&tier, atoi(arguments[2]), nullptr);
