@@ -19,8 +19,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from bench.peers.rows import ROWS, Result, Row, RowFailed, Task
 from bench.peers.systems import SYSTEMS, Paths, launch
 from bench.peers.table import show, undisturbed
 from edgekv.cli.load import TOKENS_PER_WORD, WORDS
-from edgekv.cli.machine import LoadWatch, machine_line
+from edgekv.cli.machine import LoadWatch, OtherLoad, machine_line
+from edgekv.kernels.cpu.threads import default_threads
 from edgekv.model.hf_config import read_spec
 from edgekv.text.tokenizer import load_tokenizer
 
@@ -148,35 +150,70 @@ class Comparison:
 
     def _round(self, weights: str, row: Row, number: int, servers: Servers) -> None:
         systems = [system for system in row.systems(weights) if not self._systems or system in self._systems]
-        turns = systems[number % len(systems) :] + systems[: number % len(systems)] if systems else []
-        for system in turns:
-            if self._sitting.has(weights, row.name, system, number):
-                continue
-            lacking = self._paths.lacks(system, weights)
-            if lacking is not None:
-                _say(f"{weights} {row.name} {system}: left out, {lacking}")
-                continue
-            try:
-                self._turn(weights, row, system, number, servers)
-            except (RowFailed, ServerFailed) as error:
-                _say(f"{weights} {row.name} {system}: {error}")
+        waiting = [system for system in systems if self._takes_part(weights, row, system, number)]
+        seed, taken = self._sitting.seed(weights, row.name, number), defaultdict[str, list[Turn]](list)
+        for turn in range(row.turns):
+            first = (number + turn) % len(systems)
+            for system in systems[first:] + systems[:first]:
+                if system not in waiting:
+                    continue
+                if self._quiet is not None and turn == 0:
+                    self._quiet.wait()
+                try:
+                    taken[system].append(self._turn(weights, row, system, seed, servers))
+                except (RowFailed, ServerFailed) as error:
+                    _say(f"{weights} {row.name} {system}: {error}")
+                    waiting.remove(system)
+                    continue
+                if len(taken[system]) == row.turns:
+                    self._note([weights, row.name, system, number], seed, merged(taken[system]))
 
-    def _turn(self, weights: str, row: Row, system: str, number: int, servers: Servers) -> None:
-        if self._quiet is not None:
-            self._quiet.wait()
-        seed = self._sitting.seed(weights, row.name, number)
+    def _takes_part(self, weights: str, row: Row, system: str, number: int) -> bool:
+        if self._sitting.has(weights, row.name, system, number):
+            return False
+        lacking = self._paths.lacks(system, weights)
+        if lacking is not None:
+            _say(f"{weights} {row.name} {system}: left out, {lacking}")
+        return lacking is None
+
+    def _turn(self, weights: str, row: Row, system: str, seed: int, servers: Servers) -> "Turn":
         with servers.awake(system) if row.is_http else contextlib.nullcontext("") as url:
             task = Task(system, weights, seed, self._paths, self._vocab_size, self._tokens_per_word, url)
             watch, begun = LoadWatch(), time.monotonic()
             result = row.measure(task)
-            others, took = watch.read(), time.monotonic() - begun
+            return Turn(result, watch.read(), time.monotonic() - begun)
+
+    def _note(self, key: list[object], seed: int, turn: "Turn") -> None:
         line = {
-            "turn": [weights, row.name, system, number], "seed": seed, "at": _now(), "seconds": round(took, 1),
-            "others_cores": round(others.busy_cores, 2), "stolen_cores": round(others.stolen_cores, 2),
-            **asdict(result),
+            "turn": key, "seed": seed, "at": _now(), "seconds": round(turn.seconds, 1),
+            "others_cores": round(turn.others.busy_cores, 2), "stolen_cores": round(turn.others.stolen_cores, 2),
+            **asdict(turn.result),
         }  # fmt: skip
         self._sitting.add(line)
-        _say(f"{weights} {row.name} {system}, round {number}: {_summary(result)} ({took:.0f} s, {others})")
+        weights, row, system, number = key
+        _say(f"{weights} {row} {system}, round {number}: {_summary(turn.result)} ({turn.seconds:.0f} s, {turn.others})")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one system did in its turn, and who else was busy."""
+
+    result: Result
+    others: OtherLoad
+    seconds: float
+
+
+def merged(turns: Sequence[Turn]) -> Turn:
+    """All samples of one system's turns in their order; of the loads the averages over time."""
+    last = turns[-1].result
+    measures = {
+        name: replace(measure, samples=[sample for turn in turns for sample in turn.result.measures[name].samples])
+        for name, measure in last.measures.items()
+    }
+    seconds = sum(turn.seconds for turn in turns)
+    busy = sum(turn.others.busy_cores * turn.seconds for turn in turns) / max(seconds, 1e-9)
+    stolen = sum(turn.others.stolen_cores * turn.seconds for turn in turns) / max(seconds, 1e-9)
+    return Turn(replace(last, measures=measures), OtherLoad(busy, stolen), seconds)
 
 
 def _summary(result: Result) -> str:
@@ -219,7 +256,7 @@ def main() -> None:
         "--most-others", type=float, default=math.inf, help="turns in which others used more cores are taken again"
     )
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for that before each turn")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=default_threads(), help="of every system")
     options = parser.parse_args()
     rows = [row for row in ROWS if row.name in options.rows]
     systems = tuple(options.systems.split(",")) if options.systems else ()

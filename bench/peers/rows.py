@@ -1,14 +1,29 @@
 """What is measured of a system, each in less than two minutes. Runs in: the main thread; owns: the client processes."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx2
+
 from bench.peers.client import Client
-from bench.peers.systems import EDGEKV, LLAMA, LLAMA_SLOTS, SYSTEMS, VLLM, Paths, edgekv_bench, family, llama_bench
+from bench.peers.systems import (
+    EDGEKV,
+    LLAMA,
+    LLAMA_SLOTS,
+    SYSTEMS,
+    VLLM,
+    Paths,
+    edgekv_bench,
+    edgekv_environ,
+    family,
+    llama_bench,
+)
 
 MOST_S = 600
 STREAM_TOKENS = 128
@@ -22,11 +37,15 @@ class RowFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Samples of one quantity. `more` says whether more of it is better."""
+    """Samples of one quantity. `more` says whether more of it is better.
+
+    `paired`: sample i of every system in a round was taken at nearly the same time.
+    """
 
     unit: str
     samples: Sequence[float]
     more: bool = True
+    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +72,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the comparison: over HTTP or in the program itself."""
+    """A row of the comparison: over HTTP or in the program itself. Each system has so many turns in a round."""
 
     name: str
     is_http: bool
     measure: Callable[[Task], Result]
     weights: tuple[str, ...] = tuple(SYSTEMS)
+    turns: int = 1
 
     def systems(self, weights: str) -> tuple[str, ...]:
         """Who takes part, in the order of the table."""
@@ -66,7 +86,7 @@ class Row:
             return ()
         found: list[str] = []
         for system in SYSTEMS[weights]:
-            if system == LLAMA and self.name == "prefix":
+            if system == LLAMA and self.name in ("prefix", "burst"):
                 found += [name for name in LLAMA_SLOTS if name != LLAMA]
             elif family(system) != VLLM or self.is_http:
                 found.append(system)
@@ -81,7 +101,7 @@ def decode(task: Task) -> Result:
         return Result({_decode_name(row["n_depth"]): _rate(row["samples_ts"]) for row in rows}, _shown(command))
     options = ("--contexts", "128,2048", "--batch", "1", "--prefill", "", "--steps", "32", "--repeat", "3")
     command = edgekv_bench(task.system, task.weights, task.paths, *options)
-    found = json.loads(_run(command))
+    found = json.loads(_run(command, edgekv_environ(task.paths)))
     measures = {_decode_name(row["context"]): _rate(row["samples_tok_s"]) for row in found["decode"]}
     return Result(measures, _shown(command), found)
 
@@ -94,7 +114,7 @@ def prefill(task: Task) -> Result:
         return Result({f"prefill {row['n_prompt']}": _rate(row["samples_ts"]) for row in rows}, _shown(command))
     options = ("--contexts", "", "--batch", "1", "--prefill", "512,2048", "--repeat", "2")
     command = edgekv_bench(task.system, task.weights, task.paths, *options)
-    found = json.loads(_run(command))
+    found = json.loads(_run(command, edgekv_environ(task.paths)))
     measures = {f"prefill {row['tokens']}": _rate(row["samples_tok_s"]) for row in found["prefill"]}
     return Result(measures, _shown(command), found)
 
@@ -117,42 +137,74 @@ def stream(task: Task) -> Result:
     return Result(measures, "bench/peers/client.py")
 
 
+def pairs(task: Task) -> Result:
+    """Two seconds of `stream`: the prompts are the round's, so that from the second turn on they are in the cache."""
+    client = Client(task.url, task.vocab_size, task.seed)
+    try:
+        measures = {
+            f"in turns, {_decode_name(tokens)}": replace(_rate(client.measure(tokens, 16, 1).decode_tok_s), paired=True)
+            for tokens in (128, 2048)
+        }
+    finally:
+        client.close()
+    return Result(measures, "bench/peers/client.py")
+
+
 def streams(number: int) -> Callable[[Task], Result]:
     """So many streams at once, each with a prompt of its own."""
 
     def measure(task: Task) -> Result:
         options = ["--requests", str(number), "--concurrency", str(number), "--system-tokens", "0"]
         options += ["--tail-tokens", str(TAIL_TOKENS), "--max-tokens", str(STREAM_TOKENS)]
+        before = forward_s(task)
         found, command = _bench_serve(task, *options)
         measures = {
             f"{number} streams": _rate([found["output_tok_s"]]),
             f"{number} streams, a token": Measure("ms", [found["tpot_ms"]["p50"]], more=False),
+        }
+        if before is not None and (after := forward_s(task)) is not None:
+            others = 100 * (1 - (after - before) / found["duration_s"])
+            measures[f"{number} streams, not in the model"] = Measure("%", [round(others, 2)], more=False)
+        return Result(measures, command, found)
+
+    return measure
+
+
+def forward_s(task: Task) -> float | None:
+    """Seconds that the server has been in the model; None of one that does not say."""
+    if family(task.system) != EDGEKV:
+        return None
+    text = httpx2.get(task.url.removesuffix("/v1") + "/metrics", timeout=60, trust_env=False).text
+    [found] = re.findall(r"^edgekv_forward_seconds_total(?:{[^}]*})? (\S+)$", text, re.MULTILINE)
+    return float(found)
+
+
+def prefix(name: str, *load: str) -> Callable[[Task], Result]:
+    """Chats that share a system prompt of 1,500 tokens, arriving as `load` says."""
+
+    def measure(task: Task) -> Result:
+        options = ["--requests", "16", *load, "--system-tokens", "1500", "--tail-tokens", "60", "--max-tokens", "64"]
+        found, command = _bench_serve(task, *options)
+        measures = {
+            f"{name}, output": _rate([found["output_tok_s"]]),
+            f"{name}, first token p50": Measure("ms", [found["ttft_ms"]["p50"]], more=False),
+            f"{name}, first token p99": Measure("ms", [found["ttft_ms"]["p99"]], more=False),
         }
         return Result(measures, command, found)
 
     return measure
 
 
-def prefix(task: Task) -> Result:
-    """Chats that share a system prompt, one a second on average."""
-    options = ["--requests", "16", "--rate", "1", "--system-tokens", "1500", "--tail-tokens", "60", "--max-tokens"]
-    found, command = _bench_serve(task, *options, "64")
-    measures = {
-        "shared prefix, output": _rate([found["output_tok_s"]]),
-        "shared prefix, first token p50": Measure("ms", [found["ttft_ms"]["p50"]], more=False),
-        "shared prefix, first token p99": Measure("ms", [found["ttft_ms"]["p99"]], more=False),
-    }
-    return Result(measures, command, found)
-
-
 ROWS = (
     Row("decode", False, decode),
     Row("prefill", False, prefill),
     Row("stream", True, stream),
+    Row("pairs", True, pairs, turns=12),
     Row("streams-1", True, streams(1)),
     Row("streams-8", True, streams(8)),
     Row("streams-16", True, streams(16)),
-    Row("prefix", True, prefix, weights=("bf16", "q4_0")),
+    Row("prefix", True, prefix("shared prefix", "--rate", "1"), weights=("bf16", "q4_0")),
+    Row("burst", True, prefix("shared prefix at once", "--concurrency", "16"), weights=("bf16", "q4_0")),
 )
 
 
@@ -167,9 +219,12 @@ def _bench_serve(task: Task, *options: str) -> tuple[dict[str, Any], str]:
     return found, _shown(command)
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], environ: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_S)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=MOST_S,
+            env={**os.environ, **(environ or {})},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise RowFailed(f"{_shown(command)} took more than {MOST_S} s") from None
     if done.returncode:

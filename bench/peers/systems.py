@@ -148,4 +148,9 @@ def _edgekv(system: str, weights: str, paths: Paths) -> Launch:
     ]
     config.write_text("\n".join(lines) + "\n")
     command = [sys.executable, "-m", "edgekv", "serve", str(config), "--port", str(port)]
-    return Launch(command, port)
+    return Launch(command, port, environ=edgekv_environ(paths))
+
+
+def edgekv_environ(paths: Paths) -> dict[str, str]:
+    """As many threads as its peers get."""
+    return {"OMP_NUM_THREADS": str(paths.threads)}

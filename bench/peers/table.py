@@ -18,6 +18,9 @@ from typing import Any
 from bench.peers.systems import EDGEKV, LLAMA, VLLM, family, on_load
 from edgekv.cli.percentile import percentile
 
+# The quantity that `rows.streams` has of edgekv alone.
+OUTSIDE = "1 streams, not in the model"
+
 
 @dataclass(slots=True)
 class Quantity:
@@ -25,7 +28,9 @@ class Quantity:
 
     unit: str
     more: bool
+    paired: bool = False
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    rounds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
 
     def median(self, system: str) -> float:
         return statistics.median(self.samples[system])
@@ -48,7 +53,18 @@ class Quantity:
         peer = self.best(LLAMA, VLLM)
         if peer is None or system not in self.samples or not self.median(peer):
             return None
+        if self.paired:
+            ratios = self._pairs(system, peer)
+            return statistics.median(ratios) if ratios else None
         return self.median(system) / self.median(peer)
+
+    def _pairs(self, system: str, peer: str) -> list[float]:
+        """Ratios of samples that were taken at the same time: what the machine does meanwhile cancels out."""
+        ratios = []
+        for (name, number), own in self.rounds.items():
+            theirs = self.rounds.get((peer, number), ()) if name == system else ()
+            ratios += [ours / other for ours, other in zip(own, theirs, strict=False)]
+        return ratios
 
 
 def gather(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Quantity]:
@@ -56,9 +72,11 @@ def gather(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Quantity
     found: dict[tuple[str, str], Quantity] = {}
     for line in lines:
         for name, measure in line.get("measures", {}).items():
-            weights, _, system, _ = line["turn"]
-            quantity = found.setdefault((weights, name), Quantity(measure["unit"], measure["more"]))
+            weights, _, system, number = line["turn"]
+            made = Quantity(measure["unit"], measure["more"], measure.get("paired", False))
+            quantity = found.setdefault((weights, name), made)
             quantity.samples[system] += measure["samples"]
+            quantity.rounds[system, number] = measure["samples"]
     return found
 
 
@@ -78,45 +96,50 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         )
     text += [
         "Median, and in parentheses the best tenth and the number of samples. Ratio: edgekv's median to the better "
-        "peer's; where less is better (ms), below 1 is better.",
+        "peer's; where less is better (ms), below 1 is better. In turns: the median of the ratios of samples taken "
+        "within seconds of each other.",
         "",
         "| weights | what | llama.cpp | vLLM | edgekv | ratio |",
         "|---|---|---|---|---|---|",
     ]
     for (weights, name), quantity in gather(lines).items():
+        if name.endswith("not in the model"):
+            continue
         cells = [_cell(quantity, LLAMA), _cell(quantity, VLLM), _cell(quantity, EDGEKV)]
         text.append(f"| {weights} | {name}, {quantity.unit} | {' | '.join(cells)} | {_ratios(quantity)} |")
     return "\n".join(text)
 
 
 def overheads(lines: list[dict[str, Any]]) -> str:
-    """Our one stream over HTTP against its own model: what a token takes beyond the forward pass."""
-    text = [
-        "| weights | edgekv | model, ms | step in the engine, ms | token over HTTP, ms | not the model |",
-        "|---|---|---|---|---|---|",
-    ]
-    models: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """What of one stream's time is not the model's kernels: in the engine alone, and served over HTTP.
+
+    Both are shares of times taken together, so that it does not matter how fast the machine was meanwhile. A server
+    counts a step's preparation to its forward pass; its share is the engine's.
+    """
+    engine: dict[tuple[str, str], list[float]] = defaultdict(list)
+    prepared: dict[tuple[str, str], list[float]] = defaultdict(list)
     for line in lines:
         if "turn" in line and line["turn"][1] == "decode" and family(line["turn"][2]) == EDGEKV:
             weights, _, system, _ = line["turn"]
             row = next(row for row in line["detail"]["decode"] if row["context"] == 128)
-            models[weights, system].append(row["parts_us"]["model"] / 1e3)
+            total = sum(row["parts_us"].values())
+            engine[weights, system].append(100 * (1 - row["parts_us"]["model"] / total))
+            prepared[weights, system].append(100 * row["parts_us"]["prepare"] / total)
     found = gather(lines)
-    for (weights, system), times in models.items():
-        engine, http = found.get((weights, "decode, context 128")), found.get((weights, "1 streams, a token"))
-        if engine is not None and http is not None and http.samples.get(system):
-            model, token = statistics.median(times), http.median(system)
-            step = 1e3 / engine.median(system)
-            text.append(
-                f"| {weights} | {system} | {model:.2f} | {step:.2f} | {token:.2f} | **{1 - model / token:.1%}** |"
-            )
-    return "\n".join(text) if len(text) > 2 else ""
+    text = []
+    for (weights, system), shares in engine.items():
+        served = found.get((weights, OUTSIDE))
+        if served is not None and served.samples.get(system):
+            both = served.median(system) + statistics.median(prepared[weights, system])
+            text.append(f"| {weights} | {system} | {statistics.median(shares):.1f} % | **{both:.1f} %** |")
+    head = ["| weights | edgekv | a step in the engine | a chat over HTTP, its prompt and its client included |"]
+    return "\n".join([*head, "|---|---|---|---|", *text]) if text else ""
 
 
 def show(lines: list[dict[str, Any]]) -> None:
     print(f"\n{markdown(lines)}")
     if shares := overheads(lines):
-        print(f"\nOne stream, and what of its time is not the model's:\n\n{shares}")
+        print(f"\nOne stream, and what of its time is not the model's kernels:\n\n{shares}")
 
 
 def _ratios(quantity: Quantity) -> str:

@@ -7,6 +7,7 @@ import torch
 from edgekv.kernels.cpu.library import load_library
 from edgekv.kernels.cpu.program import Pool
 from edgekv.kernels.cpu.threads import default_threads
+from edgekv.kernels.pages import map_pages
 
 BUFFER_BYTES = 512 << 20  # far beyond any cache
 ROUNDS = 5
@@ -19,7 +20,13 @@ class ReadMeter:
     """
 
     def __init__(self, pool: Pool | None, device: str = "cpu") -> None:
-        self._buffer, self._pool = torch.ones(BUFFER_BYTES // 4, device=device), pool
+        if device == "cpu":
+            # On pages as weights and caches have them, or their kernels would seem better than they are.
+            pages = map_pages(BUFFER_BYTES, commit=True)
+            self._buffer = torch.frombuffer(pages, dtype=torch.float32)
+        else:
+            self._buffer = torch.ones(BUFFER_BYTES // 4, device=device)
+        self._pool = pool
         if pool is not None:
             self.title = f"the kernels, {pool.threads} threads"
         else:

@@ -154,7 +154,9 @@ class _Rows:
         self, meter: "EngineMeter", assembly: "Assembly", bandwidth: "ReadMeter", progress: Callable[[str], None]
     ) -> None:
         from edgekv.engine.measure import weight_bytes
+        from edgekv.model.native_lm import NativeLM
 
+        self._native = isinstance(meter.model, NativeLM)
         self._meter, self._spec, self._bandwidth, self._progress = meter, assembly.spec, bandwidth, progress
         self.weight_bytes = weight_bytes(meter.model, assembly.spec)
         self.kv_token_bytes = assembly.memory.kv.block_bytes / assembly.memory.kv.block_size
@@ -174,7 +176,7 @@ class _Rows:
             "tok_s": round(tokens / median, 2),
             "samples_tok_s": [round(tokens / total, 2) for total in totals],
             **_milliseconds("prompt_ms", totals),
-            "gflop_s": round(prefill_flops(self._spec, tokens) / median / 1e9, 1),
+            "gflop_s": round(prefill_flops(self._spec, tokens, native=self._native) / median / 1e9, 1),
             **_parts(times),
         }
 

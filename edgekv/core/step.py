@@ -132,13 +132,15 @@ class MemoryStats:
 class EngineStats:
     """A snapshot after a step; counters only grow.
 
-    `most_blocks`: what the pool has had and may have again, `pinned_blocks` what of it is always taken.
+    `most_blocks`: what the pool has had and may have again, `pinned_blocks` what of it is always taken. `forward_s`:
+    seconds in the model's forward pass; of a card, those in which it was given its work.
     """
 
     pool: PoolStats
     running: int
     waiting: int
     steps: int = 0
+    forward_s: float = 0.0
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

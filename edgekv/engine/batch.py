@@ -3,10 +3,8 @@
 Runs in: engine thread; owns: nothing. Python runs once a chunk, never once a token.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -14,20 +12,12 @@ from edgekv.core.step import Chunk
 from edgekv.kernels.attn.ragged import Ints, RaggedBatch
 
 
-class HasBlocks(Protocol):
-    """One segment of a cache."""
-
-    @property
-    def num_blocks(self) -> int:
-        """How many it has."""
-
-
 class BlockSpace(Protocol):
-    """Which block ids a cache has; both kinds of cache are one."""
+    """Which block ids there are; the pool is one."""
 
     @property
-    def segments(self) -> Mapping[int, HasBlocks]:
-        """By index; indices may have holes."""
+    def segment_sizes(self) -> Ints:
+        """Blocks of every segment by its index, 0 where there is none."""
 
     @property
     def segment_shift(self) -> int:
@@ -48,54 +38,67 @@ class StepBatch:
     ragged: RaggedBatch
 
 
-def build_batch(chunks: tuple[Chunk, ...], cache: BlockSpace, vocab_size: int) -> StepBatch:
+def build_batch(chunks: tuple[Chunk, ...], pool: BlockSpace, vocab_size: int) -> StepBatch:
     """The batch of at least one chunk.
 
     Raises ValueError naming the sequence for an empty chunk, a token id outside of the vocabulary, a block table that
     does not cover its chunk, or a block that the pool does not have.
     """
-    lengths = _ints(len(chunk.token_ids) for chunk in chunks)
-    starts = _ints(chunk.start for chunk in chunks)
-    for bad in np.flatnonzero((lengths < 1) | (starts < 0))[:1]:
-        raise _fault(chunks[bad], f"a chunk of {lengths[bad]} tokens from position {starts[bad]}")
-    token_ids = _ints(chain.from_iterable(chunk.token_ids for chunk in chunks))
-    for row in np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))[:1]:
-        bad = int(np.searchsorted(np.cumsum(lengths), row, side="right"))
-        raise _fault(chunks[bad], f"token id {token_ids[row]} is outside of the vocabulary of {vocab_size}")
-    ragged = RaggedBatch(starts, lengths, *_tables(chunks, -(-(starts + lengths) // cache.block_size), cache))
-    sampling = np.array([chunk.samples for chunk in chunks], dtype=bool)
+    # Lists, of which numpy makes arrays at the end: after a step that has read all weights nothing of Python or numpy
+    # is in the caches, and what counts is the number of different things that are called.
+    starts, lengths, token_ids, blocks, table_starts, sample_rows = [], [], list[int](), list[int](), [0], []
+    for chunk in chunks:
+        start, length, table = chunk.start, len(chunk.token_ids), chunk.block_table
+        if length < 1 or start < 0:
+            raise _fault(chunk, f"a chunk of {length} tokens from position {start}")
+        needed = -(-(start + length) // pool.block_size)
+        if len(table) < needed:
+            covered = len(table) * pool.block_size
+            raise _fault(chunk, f"its block table covers {covered} tokens, its chunk ends at {chunk.end}")
+        starts.append(start)
+        lengths.append(length)
+        token_ids += chunk.token_ids
+        blocks += table[:needed]
+        table_starts.append(len(blocks))
+        if chunk.samples:
+            sample_rows.append(len(token_ids) - 1)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        _refuse_token(chunks, vocab_size)
+    ragged = RaggedBatch(_ints(starts), _ints(lengths), _ints(blocks), _ints(table_starts))
+    _check_blocks(chunks, ragged, pool)
     return StepBatch(
-        token_ids=token_ids,
-        positions=ragged.positions,
-        sample_rows=(np.cumsum(lengths) - 1)[sampling],
+        token_ids=_ints(token_ids),
+        positions=ragged.starts if len(token_ids) == len(chunks) else ragged.positions,
+        sample_rows=_ints(sample_rows),
         ragged=ragged,
     )
 
 
-def _tables(chunks: tuple[Chunk, ...], num_blocks: Ints, cache: BlockSpace) -> tuple[Ints, Ints]:
-    """The needed part of every block table end to end, and where each begins."""
-    for chunk, needed in zip(chunks, num_blocks.tolist(), strict=True):
-        if len(chunk.block_table) < needed:
-            covered = len(chunk.block_table) * cache.block_size
-            raise _fault(chunk, f"its block table covers {covered} tokens, its chunk ends at {chunk.end}")
-    tables = (chunk.block_table[:needed] for chunk, needed in zip(chunks, num_blocks.tolist(), strict=True))
-    blocks = _ints(chain.from_iterable(tables))
-    table_starts = np.concatenate(([0], np.cumsum(num_blocks)))
-    sizes = np.zeros(max(cache.segments, default=-1) + 1, dtype=np.int64)
-    for index, segment in cache.segments.items():
-        sizes[index] = segment.num_blocks
-    segments = blocks >> cache.segment_shift
+def _refuse_token(chunks: tuple[Chunk, ...], vocab_size: int) -> NoReturn:
+    for chunk in chunks:
+        for token in chunk.token_ids:
+            if not 0 <= token < vocab_size:
+                raise _fault(chunk, f"token id {token} is outside of the vocabulary of {vocab_size}")
+    raise AssertionError("every token is in the vocabulary")
+
+
+def _check_blocks(chunks: tuple[Chunk, ...], ragged: RaggedBatch, pool: BlockSpace) -> None:
+    blocks, sizes = ragged.blocks, pool.segment_sizes
+    segments = blocks >> pool.segment_shift
+    # Of a segment that there is not, take's answer is some other's; the first condition has seen to that.
     known = (segments >= 0) & (segments < len(sizes))
-    known[known] = (blocks[known] & ((1 << cache.segment_shift) - 1)) < sizes[segments[known]]
-    for entry in np.flatnonzero(~known)[:1]:
-        bad = int(np.searchsorted(table_starts, entry, side="right")) - 1
-        raise _fault(chunks[bad], f"block {blocks[entry]} of its block table is in no segment of the pool")
-    return blocks, table_starts
+    if len(sizes):
+        known &= (blocks & ((1 << pool.segment_shift) - 1)) < sizes.take(segments, mode="clip")
+    if known.all():
+        return
+    entry = int(np.flatnonzero(~known)[0])
+    bad = int(np.searchsorted(ragged.table_starts, entry, side="right")) - 1
+    raise _fault(chunks[bad], f"block {blocks[entry]} of its block table is in no segment of the pool")
 
 
 def _fault(chunk: Chunk, what: str) -> ValueError:
     return ValueError(f"sequence {chunk.sequence.id}: {what}")
 
 
-def _ints(values: Iterable[int]) -> Ints:
-    return np.fromiter(values, dtype=np.int64)
+def _ints(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int64)

@@ -103,6 +103,7 @@ class EngineCore:
         self.clock = clock
         self._pins: Pins | None = None
         self._steps = 0
+        self._forward_s = 0.0
         self._refused: list[Finished] = []
         self._has_news = False
         self._held = self._resized = False
@@ -171,6 +172,7 @@ class EngineCore:
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
             steps=self._steps,
+            forward_s=self._forward_s,
             prompt_tokens=counters.prompt_tokens,
             computed_prompt_tokens=counters.computed_prompt_tokens,
             cached_prompt_tokens=counters.cached_prompt_tokens,
@@ -217,7 +219,9 @@ class EngineCore:
 
     def _run(self, plan: StepPlan) -> Outcome:
         try:
+            begun_s = self.clock()
             logits = self.runner.forward(plan)
+            self._forward_s += self.clock() - begun_s
             outcome = self._choose(plan, logits)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

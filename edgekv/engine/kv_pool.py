@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from edgekv.core.capacity import KVShape
 from edgekv.core.step import BlockCopy
 from edgekv.engine.segment_memory import SegmentMemory
 from edgekv.kernels.attn.cache import CacheSegment, PagedCache
+from edgekv.kernels.attn.ragged import Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,10 @@ class BlockMemory(ABC, Generic[SegmentT]):
         self.segment_shift = segment_blocks.bit_length() - 1
         self._segments: dict[int, SegmentT] = {}
         self._memory: dict[int, SegmentMemory] = {}
+        self.generation = 0
+        """Another one whenever a segment came or went."""
+        self.segment_sizes: Ints = np.zeros(0, np.int64)
+        """Blocks of every segment by its index, 0 where there is none."""
 
     @property
     @abstractmethod
@@ -114,6 +120,7 @@ class BlockMemory(ABC, Generic[SegmentT]):
             raise ValueError(f"a segment holds 1 to {self.segment_blocks} blocks, not {num_blocks}")
         index = next(i for i in range(len(self._segments) + 1) if i not in self._segments)
         self._memory[index], self._segments[index] = self._allocate(num_blocks)
+        self._note_change()
         return index
 
     def remove_segment(self, index: int) -> None:
@@ -122,6 +129,7 @@ class BlockMemory(ABC, Generic[SegmentT]):
             raise ValueError(f"there is no segment {index}")
         del self._segments[index]
         self._memory.pop(index).free()
+        self._note_change()
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy the first `num_tokens` slots of each source to its target, in order."""
@@ -138,6 +146,13 @@ class BlockMemory(ABC, Generic[SegmentT]):
         """Fill blocks with NaN, so that a test sees whoever reads a block that is not theirs."""
         for block_id in block_ids:
             self._poison(*self._locate(block_id))
+
+    def _note_change(self) -> None:
+        self.generation += 1
+        sizes = np.zeros(max(self._segments, default=-1) + 1, np.int64)
+        for index, segment in self._segments.items():
+            sizes[index] = segment.num_blocks
+        self.segment_sizes = sizes
 
     def _locate(self, block_id: int) -> tuple[SegmentT, int]:
         segment = self._segments.get(block_id >> self.segment_shift)

@@ -217,12 +217,17 @@ def kv_bytes(spec: ModelSpec, token_bytes: float, context: int) -> int:
     return round(sum(min(context, window or context) for window in spec.windows) * layer_bytes)
 
 
-def prefill_flops(spec: ModelSpec, tokens: int) -> int:
-    """Multiplications and additions of a prompt: the layers' products for every token, the head's for the last."""
+def prefill_flops(spec: ModelSpec, tokens: int, *, native: bool) -> int:
+    """Multiplications and additions of a prompt: the layers' products for every token, the head's for the last.
+
+    The native kernels compute what follows the last layer's attention for the last token only.
+    """
     layers = spec.num_parameters - (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * spec.hidden_size
+    spared = spec.hidden_size * (spec.num_heads * spec.head_dim + 3 * spec.intermediate_size) if native else 0
     pairs = sum(_pairs(tokens, window) for window in spec.windows)
     attention = 4 * pairs * spec.num_heads * spec.head_dim
-    return 2 * layers * tokens + 2 * spec.vocab_size * spec.hidden_size + attention
+    head = 2 * spec.vocab_size * spec.hidden_size
+    return 2 * layers * tokens - 2 * spared * (tokens - 1) + head + attention
 
 
 def _pairs(tokens: int, window: int | None) -> int:

@@ -26,6 +26,7 @@ from edgekv.kernels.cpu.cache import FORMATS
 from edgekv.kernels.cpu.formats import ALIGNMENT, activation_form, activation_stride, panel_bytes, panel_format
 from edgekv.kernels.cpu.kv import KvLayout
 from edgekv.kernels.cpu.program import Pool
+from edgekv.kernels.pages import map_pages
 from edgekv.kernels.quant.encodings import ENCODINGS
 
 ARENA_BYTES = 384 << 20
@@ -253,8 +254,11 @@ class _Step:
 
 
 def _small_numbers(num_bytes: int) -> Tensor:
-    """Bytes that are small numbers whatever they are read as, never infinite and never denormal."""
-    return torch.randint(0x28, 0x30, (num_bytes,), dtype=torch.uint8)
+    """Bytes that are small numbers whatever they are read as, never infinite and never denormal.
+
+    On pages as weights and caches have them: small ones are read more slowly.
+    """
+    return torch.frombuffer(map_pages(num_bytes, commit=False), dtype=torch.uint8).random_(0x28, 0x30)
 
 
 def _batch(case: AttentionCase) -> RaggedBatch:

@@ -24,6 +24,7 @@ class NativeSegment:
     planes: Tensor  # [layers, 2, kv_heads, blocks, plane bytes] uint8
     scales: Tensor | None  # [layers, 2, kv_heads, blocks, block_size] float16
     num_blocks: int
+    address: int
 
 
 class NativeKVPool(BlockMemory[NativeSegment]):
@@ -66,7 +67,8 @@ class NativeKVPool(BlockMemory[NativeSegment]):
         shape = (self.num_layers, 2, self.num_kv_heads, num_blocks)
         end = planes * self._plane_bytes
         scales = memory.data[end:].view(torch.float16).view(*shape, self.block_size) if self._is_scaled else None
-        return memory, NativeSegment(memory.data, memory.data[:end].view(*shape, self._plane_bytes), scales, num_blocks)
+        planes_view = memory.data[:end].view(*shape, self._plane_bytes)
+        return memory, NativeSegment(memory.data, planes_view, scales, num_blocks, memory.data.data_ptr())
 
     def _copy(
         self, source: NativeSegment, source_block: int, target: NativeSegment, target_block: int, num_tokens: int

@@ -25,15 +25,7 @@ class NativeRunner:
             raise ValueError(f"the model's (layers, kv heads, head dim) are {wanted}, the pool's {given}")
         self._model = model
         self._pool = pool
-        self._cache = NativeCache(
-            pool.allocated,
-            kv_format=pool.kv_format,
-            segment_shift=pool.segment_shift,
-            block_size=pool.block_size,
-            num_layers=pool.num_layers,
-            num_kv_heads=pool.num_kv_heads,
-            head_dim=pool.head_dim,
-        )
+        self._cache = NativeCache(pool)
 
     @property
     def model(self) -> NativeLM:
@@ -55,7 +47,7 @@ class NativeRunner:
         if not plan.chunks:
             self._pool.copy(plan.copies)
             return torch.empty(0, vocab_size)
-        batch = build_batch(plan.chunks, self._cache, vocab_size)
+        batch = build_batch(plan.chunks, self._pool, vocab_size)
         self._pool.copy(plan.copies)
         logits = self._model.forward(self._cache, batch.token_ids, batch.positions, batch.sample_rows, batch.ragged)
         return torch.from_numpy(logits)

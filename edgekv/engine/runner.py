@@ -74,7 +74,7 @@ class Runner:
         if not plan.chunks:
             self._pool.copy(plan.copies)
             return torch.empty(0, vocab_size, device=cache.device)
-        batch = build_batch(plan.chunks, cache, vocab_size)
+        batch = build_batch(plan.chunks, self._pool, vocab_size)
         self._pool.copy(plan.copies)
         attention = PagedAttention(cache, batch.ragged, self._workspace)
         token_ids, positions, sample_rows = (

@@ -147,6 +147,7 @@ class _EngineCollector(Collector):
             ("vllm:num_preemptions", "Sequences preempted.", stats.preemptions),
             ("edgekv_computed_prompt_tokens", "Prompt tokens run through the model.", stats.computed_prompt_tokens),
             ("edgekv_engine_steps", "Engine steps.", stats.steps),
+            ("edgekv_forward_seconds", "Seconds in the model's forward pass.", stats.forward_s),
             ("edgekv_evictions", "Cached blocks evicted.", stats.evictions),
         ]
         for name, documentation, value in gauges:

@@ -125,7 +125,9 @@ class NativeLM:
         if wanted.tokens <= self._rows.tokens and wanted.samples <= self._rows.samples:
             return
         rows = _Rows(max(wanted.tokens, self._rows.tokens), max(wanted.samples, self._rows.samples))
-        self._arena, self._rows = _Arena(0), _Rows(0, 0)  # the old one goes first
+        # The old one goes first, and with it the last view of it.
+        self._arena, self._rows = _Arena(0), _Rows(0, 0)
+        self._logits = np.empty((0, self.spec.vocab_size), np.float32)
         arena = _Arena(step_bytes(self.spec, self.lowered.inputs, rows.tokens, rows.samples))
         for slot in Slot:
             stride = slot_stride(self.spec, slot)

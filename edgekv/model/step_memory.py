@@ -26,7 +26,8 @@ class Slot(IntEnum):
 SAMPLED_SLOTS = (Slot.LAST, Slot.LOGITS)
 ITEM_BYTES: Mapping[Form, int] = MappingProxyType({Form.F32: 4, Form.BF16: 2, Form.Q8: 1})
 
-_ATTENTION_PART = 512  # slots that one item of attention may be cut down to: PART in src/attend_plan.h
+# Of src/attend_plan.h: PART, MOST_ROWS, MOST_PARTS, MORE_FLOATS, and the size of an attend_job and an attend_plan.
+_PART, _ROWS, _MOST_PARTS, _MORE_FLOATS, _JOB_BYTES, _PLAN_BYTES = 512, 64, 2048, 1 << 20, 72, 24
 _SAMPLER_BYTES = 12  # beside each logit: its weight in float64 and a column of sorting
 
 
@@ -62,15 +63,23 @@ def workspace_bytes(
     context_tokens: int,
     threads: int,
 ) -> int:
-    """The most that one step takes: its buffers, attention's partial results, threads' scratch, and the sampler's.
-
-    Attention writes out partial results of short spans, for each part of their context. All contexts of a step lie in
-    the pool: `max_sequences` times the context stand for that, or a million tokens where it is more.
-    """
-    parts = min(max_sequences * context_tokens, 1 << 20) // _ATTENTION_PART + max_sequences
-    partial = parts * spec.num_heads * (4 * (spec.head_dim + 2) + ALIGNMENT) + 2 * ALIGNMENT * (max_step_tokens + parts)
+    """The most that one step takes: its buffers, attention's scratch, that of threads, and the sampler's."""
+    attention = attention_bytes(
+        spec, max_step_tokens=max_step_tokens, max_sequences=max_sequences, context_tokens=context_tokens
+    )
     sampler = _SAMPLER_BYTES * max_sequences * spec.vocab_size
-    return step_bytes(spec, inputs, max_step_tokens, max_sequences) + partial + threads * SCRATCH_BYTES + sampler
+    return step_bytes(spec, inputs, max_step_tokens, max_sequences) + attention + threads * SCRATCH_BYTES + sampler
+
+
+def attention_bytes(spec: ModelSpec, *, max_step_tokens: int, max_sequences: int, context_tokens: int) -> int:
+    """The most that ek_attend_shared_bytes answers: the plan of a step, and partial results of short spans."""
+    group = spec.num_heads // spec.num_kv_heads
+    pieces = -(-group // _ROWS)
+    rows, tiles = -(-group // pieces), spec.num_kv_heads * pieces
+    parts = min(max_sequences * -(-context_tokens // _PART), _MOST_PARTS)
+    floats = parts * tiles * (-(-2 * rows // 16) * 16 + rows * spec.head_dim) + _MORE_FLOATS
+    jobs = aligned(_PLAN_BYTES + _JOB_BYTES * max_step_tokens)
+    return jobs + aligned(4 * tiles * min(max_sequences, max_step_tokens)) + 4 * floats
 
 
 def slot_stride(spec: ModelSpec, slot: Slot) -> int:

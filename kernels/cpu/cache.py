@@ -7,8 +7,6 @@ import ctypes
 from collections.abc import Mapping
 from typing import Protocol
 
-from torch import Tensor
-
 from edgekv.kernels.cpu.abi import Cache, KvFormat, Segment
 
 FORMATS: Mapping[str, KvFormat] = {
@@ -23,46 +21,55 @@ class Allocated(Protocol):
     """A segment of the pool."""
 
     @property
-    def data(self) -> Tensor:
-        """All of its bytes, in the layout of src/ek.h."""
+    def address(self) -> int:
+        """Where its bytes begin, in the layout of src/ek.h."""
 
     @property
     def num_blocks(self) -> int:
         """Blocks in it."""
 
 
-class NativeCache:
-    """Every segment of one pool, by index; indices may have holes and segments may differ in size."""
+class SegmentPool(Protocol):
+    """The pool whose segments these are."""
 
-    def __init__(
-        self,
-        segments: Mapping[int, Allocated],
-        *,
-        kv_format: str,
-        segment_shift: int,
-        block_size: int,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-    ) -> None:
-        """`segments` changes with the pool."""
-        self.segments = segments
-        self.segment_shift, self.block_size = segment_shift, block_size
+    segment_shift: int
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    generation: int
+    """Another one whenever a segment came or went."""
+
+    @property
+    def kv_format(self) -> str:
+        """Of `FORMATS`."""
+
+    @property
+    def allocated(self) -> Mapping[int, Allocated]:
+        """Every segment, by index; indices may have holes and segments may differ in size."""
+
+
+class NativeCache:
+    """All segments of one pool.
+
+    It holds none of them: an idle pool's memory would stay until the next step.
+    """
+
+    def __init__(self, pool: SegmentPool) -> None:
+        self._pool, self._generation = pool, -1
         self._struct = Cache(
-            None, 0, segment_shift, FORMATS[kv_format], num_layers, num_kv_heads, head_dim, block_size
-        )
+            None, 0, pool.segment_shift, FORMATS[pool.kv_format], pool.num_layers, pool.num_kv_heads, pool.head_dim,
+            pool.block_size,
+        )  # fmt: skip
         self._table: ctypes.Array[Segment] = (Segment * 0)()
-        self._known: list[Allocated] = []
 
     def struct(self) -> Cache:
         """The ek_cache of this moment; valid until a segment goes."""
-        now = list(self.segments.values())
-        # By identity: a segment that comes back under an old index is another one.
-        if len(now) != len(self._known) or any(a is not b for a, b in zip(now, self._known, strict=True)):
-            self._known = now
-            self._table = (Segment * (max(self.segments, default=-1) + 1))()
-            for index, segment in self.segments.items():
-                self._table[index] = Segment(segment.data.data_ptr(), segment.num_blocks)
+        if self._generation != self._pool.generation:
+            self._generation, segments = self._pool.generation, self._pool.allocated
+            self._table = (Segment * (max(segments, default=-1) + 1))()
+            for index, segment in segments.items():
+                self._table[index] = Segment(segment.address, segment.num_blocks)
             self._struct.segments = ctypes.addressof(self._table)
             self._struct.num_segments = len(self._table)
         return self._struct

@@ -60,6 +60,8 @@ class Pool:
         """Fewer than asked for where the system gives no more."""
         self._run, self._byref = functions.ek_run, ctypes.byref
         self._end = weakref.finalize(self, functions.ek_pool_free, self.handle)
+        # A thread may be in the middle of a run when the interpreter ends; the threads end with the process anyway.
+        self._end.atexit = False
 
     def close(self) -> None:
         """End the threads now; the pool can run nothing more. May be called again."""

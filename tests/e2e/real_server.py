@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,10 @@ START_S = 120.0  # patience on a busy machine; how long it takes is printed by t
 class RealServer:
     """A running `edgekv serve`."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "edgekv", "serve", "--port", "0", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGEKV_")}
+        environment |= variables or {}
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -98,9 +99,9 @@ class RealServer:
 
 
 @contextmanager
-def real_server(*arguments: str) -> Iterator[RealServer]:
-    """A server that ends with the block, cleanly."""
-    server = RealServer(*arguments)
+def real_server(*arguments: str, variables: Mapping[str, str] | None = None) -> Iterator[RealServer]:
+    """A server that ends with the block, cleanly. `variables` are set in its environment."""
+    server = RealServer(*arguments, variables=variables)
     try:
         yield server
         assert server.stop() == 0, server.output

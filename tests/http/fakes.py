@@ -135,6 +135,7 @@ class ScriptedService:
             running=len(self.running),
             waiting=0,
             steps=7,
+            forward_s=1.25,
             prompt_tokens=self.counts["prompt"],
             generated_tokens=self.counts["generated"],
             misses={"cold": 1},

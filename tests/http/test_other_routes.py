@@ -89,6 +89,7 @@ async def test_metrics_carry_vllms_names():
 
     assert value("vllm:kv_cache_usage_perc", model_name="scripted") == 0.25
     assert value("vllm:generation_tokens_total") == 10
+    assert value("edgekv_forward_seconds_total") == 1.25
     assert value("vllm:time_to_first_token_seconds_count") == 1
     assert value("vllm:inter_token_latency_seconds_count") == 9 - 3  # the first four tokens came at once
     assert value("vllm:request_success_total", finished_reason="length") == 1

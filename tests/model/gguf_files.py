@@ -47,6 +47,7 @@ def make_gguf(
     converter writes; None leaves one out.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config.setdefault("rope_parameters", {"rope_theta": config.get("rope_theta")})  # transformers before 5
     arch = _ARCHITECTURES[config["architectures"][0]]
     name = gguf.MODEL_ARCH_NAMES[arch]
     writer = _Writer(out, name, dict(metadata or {}))
@@ -79,6 +80,23 @@ def write_metadata(out: Path, metadata: Mapping[str, object], tensors: Mapping[s
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data.astype(np.float32))
     return writer.finish()
+
+
+def dequantised(folder: Path, file: Path) -> dict[str, torch.Tensor]:
+    """What `gguf` makes of a llama file's tensors in float32, under their names in `folder`, that it was made from."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(file).tensors
+    }
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    found = {}
+    for name in load_file(folder / "model.safetensors"):
+        tensor = torch.from_numpy(np.array(stored[names.get_name(name, try_suffixes=(".weight", ".bias"))]))
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+            tensor = tensor.reshape(heads, -1, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+        found[name] = tensor
+    return found
 
 
 class _Writer(GGUFWriter):

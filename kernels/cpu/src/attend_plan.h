@@ -18,6 +18,11 @@ static const int PART = 512;      // slots; more and sums of EK_KV_INT8 could ov
 static const int MOST_ROWS = 64;  // of a tile
 static const int LEAST_ROWS = 16;
 
+// Partial results of a step take at most what those of one token for each span would, of MOST_PARTS parts in all, and
+// this many floats beside them. A span whose results find no room there is not split.
+static const int64_t MOST_PARTS = 2048;  // a million tokens
+static const int64_t MORE_FLOATS = 1 << 20;
+
 struct attend_job {  // a tile, for all kv heads
   int64_t span;
   int64_t token;  // its first, counted in the span
@@ -77,17 +82,31 @@ static inline float* floats_of(attend_plan* plan) { return (float*)((char*)plan 
 
 static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+static inline int64_t parts_before(int64_t end) { return (end + PART - 1) / PART; }
+
+// Floats that there is room for.
+static inline int64_t room_floats(const ek_attend* a, const attend_heads* heads) {
+  int64_t parts = 0;
+  for (int64_t span = 0; span < a->batch->spans; span++) {
+    const int64_t length = a->batch->lengths[span];
+    if (is_short(heads, length)) parts += parts_before(a->batch->starts[span] + length);
+  }
+  return (parts < MOST_PARTS ? parts : MOST_PARTS) * heads->tiles * partial_floats(a, heads->per_tile) + MORE_FLOATS;
+}
+
 // The most that any plan of the batch takes: as though there were no window and all was cut as finely as can be.
 static inline int64_t plan_bytes(const ek_attend* a) {
   const attend_heads heads = heads_of(a);
+  const int64_t room = room_floats(a, &heads);
   int64_t jobs = 0, counters = 0, floats = 0;
   for (int64_t span = 0; span < a->batch->spans; span++) {
     const int64_t length = a->batch->lengths[span], end = a->batch->starts[span] + length;
     jobs += tiles_of(&heads, length, LEAST_ROWS);
     if (!is_short(&heads, length)) continue;
     counters += heads.tiles;
-    floats += heads.tiles * ((end + PART - 1) / PART) * partial_floats(a, length * heads.per_tile);
+    floats += heads.tiles * parts_before(end) * partial_floats(a, length * heads.per_tile);
   }
+  if (floats > room) floats = room;
   return whole_lines(sizeof(attend_plan) + jobs * sizeof(attend_job)) + whole_lines(counters * 4) + floats * 4;
 }
 
@@ -145,17 +164,20 @@ static inline int64_t make_plan(const ek_attend* a, int32_t threads) {
   // Items neither so large that the last one keeps all but one thread waiting, nor so small that there are more than it
   // takes to keep all busy.
   const int64_t most = total / (16 * (int64_t)threads) + 1, least = total / (64 * (int64_t)threads) + 1;
+  const int64_t room = room_floats(a, &heads);
   int64_t counters = 0, floats = 0;
   for (attend_job* job = jobs; job < end; job++) {
     const int64_t fitting = job->cost < least ? least / job->cost : 1;
     job->heads_per_item = (int32_t)(fitting < heads.tiles ? fitting : heads.tiles);
-    job->is_split = threads > 1 && job->parts > 1 && job->cost > most && is_short(&heads, a->batch->lengths[job->span]);
+    const int64_t partials = heads.tiles * job->parts * partial_floats(a, job->tokens * heads.per_tile);
+    job->is_split = threads > 1 && job->parts > 1 && job->cost > most &&
+                    is_short(&heads, a->batch->lengths[job->span]) && floats + partials <= room;
     if (!job->is_split) continue;
     job->cost /= job->parts;
     job->first_counter = counters;
     job->first_float = floats;
     counters += heads.tiles;
-    floats += heads.tiles * job->parts * partial_floats(a, job->tokens * heads.per_tile);
+    floats += partials;
   }
   plan->counters_at = whole_lines((char*)end - (char*)plan);
   plan->floats_at = plan->counters_at + whole_lines(counters * 4);

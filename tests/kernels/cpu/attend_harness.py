@@ -220,8 +220,10 @@ def padded(rows: Floats) -> Floats:
     return wide[:, :-16]
 
 
-def run_layer(pool: Pool, step: Step, layer: int, sequences: ListOf[Sequence]) -> Floats:
-    """Append and attend in one layer; [tokens, heads, head_dim]."""
+def run_layer(
+    pool: Pool, step: Step, layer: int, sequences: ListOf[Sequence], *, attends: bool = True
+) -> Floats:
+    """Append and attend in one layer; [tokens, heads, head_dim], NaN where nothing is attended to."""
     shape = step.cache.shape
     q, k, v = (
         padded(np.concatenate([getattr(sequences[number], name)[layer, a : a + n] for number, a, n in step.work]))
@@ -230,7 +232,7 @@ def run_layer(pool: Pool, step: Step, layer: int, sequences: ListOf[Sequence]) -
     out = padded(np.full((step.tokens, shape.heads, shape.head_dim), np.nan, np.float32))
     shared = aligned(pool.attend_shared_bytes(step.attend(layer, q, k, v, out, None)) + 64)
     shared[-64:] = 0x5A
-    pool.run_attend(step.attend(layer, q, k, v, out, shared))
+    pool.run_attend(step.attend(layer, q, k, v, out, shared), attends=attends)
     assert (shared[-64:] == 0x5A).all()
     assert out.base is not None
     assert np.isnan(np.asarray(out.base)[:, -16:]).all()

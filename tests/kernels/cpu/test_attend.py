@@ -231,3 +231,20 @@ def test_shared_memory_is_enough_for_any_window_and_number_of_threads() -> None:
         # run_layer checks what lies behind the memory it was told to provide.
         state.shape = dataclasses.replace(shape, window=window)
         run_layer(pool(tiers()[0], 2), Step(state, [(0, 4 * PART - 3, 3)]), 0, sequences)
+
+
+def test_a_span_whose_parts_find_no_room_is_as_it_is_on_one_thread() -> None:
+    """64 tokens of 256 dimensions after 34,000 others leave more behind than there is room for; one token does not."""
+    shape = Shape(KvFormat.BF16, kv_heads=1, group=1, head_dim=256)
+    sequences = random_sequences(shape, [34_000, 5_000], 8)
+    state = Cache(shape, Memory(128, (306,)))
+    run_layer(pool(tiers()[0], 2), Step(state, [(0, 0, 33_936), (1, 0, 4_999)]), 0, sequences, attends=False)
+    one, two = (
+        run_layer(pool(tiers()[0], threads), Step(state, [(0, 33_936, 64), (1, 4_999, 1)]), 0, sequences)
+        for threads in (1, 2)
+    )
+    assert_same_bits([two], [one])
+    keys, values = state.stored(0, 34_000)
+    scores = shape.scale * sequences[0].q[0, -1, 0].astype(np.float64) @ keys[0, :, 0].T
+    weights = np.exp(scores - scores.max())
+    np.testing.assert_allclose(one[63, 0], weights @ values[0, :, 0] / weights.sum(), atol=2e-3)

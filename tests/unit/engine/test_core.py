@@ -422,3 +422,14 @@ def test_stats_count_what_happened() -> None:
     assert (stats.prompt_tokens, stats.cached_prompt_tokens, stats.computed_prompt_tokens) == (18, 8, 10)
     assert stats.generated_tokens == 8
     assert stats.misses == {"cold": 1}
+
+
+def test_seconds_in_the_model_are_counted_and_no_others() -> None:
+    harness = Harness()
+    clock = iter(range(100)).__next__
+    harness.core.clock = clock
+    harness.submit(1)
+    stats = harness.step().stats
+    assert stats.steps == 1
+    assert stats.forward_s == 1.0, "two readings of a clock that goes on by 1 with each"
+    assert harness.core.stats().forward_s == stats.forward_s

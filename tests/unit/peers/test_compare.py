@@ -95,6 +95,29 @@ def test_a_run_that_broke_off_goes_on_where_it_was(comparison: Comparison, tmp_p
     assert all({"seed", "others_cores", "stolen_cores", "seconds", "command"} <= line.keys() for line in lines[1:])
 
 
+def test_in_a_row_of_many_turns_systems_alternate_with_one_seed(comparison: Comparison, tmp_path: Path) -> None:
+    turns = Turns()
+    comparison.run("q4_0", [replace(turns.row(), turns=4)])
+    a_round, seeds = turns.taken[:12], {seed for _, seed in turns.taken}
+    assert len(turns.taken) == 24
+    assert len(seeds) == 2
+    for system in ("edgekv", "edgekv int4", "llama.cpp"):
+        at = [i for i, (name, _) in enumerate(a_round) if name == system]
+        assert [i // 3 for i in at] == [0, 1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()][1:]
+    assert [line["measures"]["speed"]["samples"] for line in lines] == [[1.0] * 4] * 6
+
+
+def test_who_fails_in_one_of_its_turns_is_left_out_of_the_others(comparison: Comparison, tmp_path: Path) -> None:
+    turns = Turns()
+    turns.broken = {"edgekv"}
+    comparison.run("q4_0", [replace(turns.row(), turns=4)])
+    assert sum(system == "edgekv" for system, _ in turns.taken) == 2  # once a round
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()][1:]
+    assert [line["turn"][2] for line in lines].count("edgekv") == 0
+    assert len(lines) == 4
+
+
 def test_a_disturbed_turn_is_taken_again_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +177,15 @@ def test_llama_bench_is_asked_and_read(tmp_path: Path) -> None:
     assert str(tmp_path) not in found.command
 
 
+def test_edgekv_bench_gets_as_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    said = "json.dumps({'decode': [], 'n': os.environ['OMP_NUM_THREADS']})"
+    executable(tmp_path / "python", f"import json, os; print({said})")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    found = decode(task(tmp_path, system="edgekv"))
+    assert found.detail["n"] == "2"
+
+
 def test_a_program_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
     executable(tmp_path / "llama-bench", "raise SystemExit('cannot load the model')")
     with pytest.raises(RowFailed, match="cannot load the model"):
@@ -166,6 +198,7 @@ def test_edgekv_is_served_as_a_configuration_says(tmp_path: Path) -> None:
     config = load_config(Path(started.command[4]), [], {}, warn=pytest.fail)
     [model] = config.models.values()
     assert (model.weights, model.path, model.max_num_seqs) == ("int4", tmp_path / "model", 16)
+    assert started.environ == {"OMP_NUM_THREADS": "2"}
     assert started.url == f"http://127.0.0.1:{started.port}/v1"
 
 

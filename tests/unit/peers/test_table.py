@@ -63,6 +63,21 @@ def test_weights_that_edgekv_made_have_a_ratio_of_their_own() -> None:
     assert markdown(lines).endswith("| **1.20**<br>int4: 1.60 |")
 
 
+def test_of_samples_taken_in_turns_the_ratios_count_and_not_the_medians() -> None:
+    # The machine was twice as fast in the second round, of which the peer has one sample less.
+    lines = [
+        turn("bf16", "llama.cpp", "decode", [10.0, 10.0]),
+        turn("bf16", "llama.cpp", "decode", [20.0], number=2),
+        turn("bf16", "edgekv", "decode", [22.0, 22.0], number=2),
+        turn("bf16", "edgekv", "decode", [11.0, 11.0]),
+    ]
+    for line in lines:
+        line["measures"]["decode"]["paired"] = True
+    [quantity] = gather(lines).values()
+    assert quantity.ratio("edgekv") == pytest.approx(1.1)
+    assert quantity.median("edgekv") / quantity.median("llama.cpp") == pytest.approx(1.65)
+
+
 def test_without_a_peer_there_is_no_ratio() -> None:
     assert markdown([turn("bf16", "edgekv", "decode", [1.0])]).endswith("|  |")
 
@@ -74,12 +89,13 @@ def test_the_machine_and_what_else_it_did_stand_above() -> None:
 
 
 def test_what_of_a_token_is_not_the_models_is_told() -> None:
-    detail = {"decode": [{"context": 128, "parts_us": {"model": 47_500.0}}]}
+    detail = {"decode": [{"context": 128, "parts_us": {"model": 48_750.0, "prepare": 1_000.0, "sample": 250.0}}]}
     engine = turn("bf16", "edgekv", "decode, context 128", [20.4])
     engine["turn"][1] = "decode"
-    http = turn("bf16", "edgekv", "1 streams, a token", [50.0], more=False)
+    http = turn("bf16", "edgekv", "1 streams, not in the model", [3.1, 5.0, 3.5], more=False)
     shown = overheads([engine | {"detail": detail}, http])
-    assert shown.endswith("| bf16 | edgekv | 47.50 | 49.02 | 50.00 | **5.0%** |")
+    assert shown.endswith("| bf16 | edgekv | 2.5 % | **5.5 %** |")
+    assert "not in the model" not in markdown([http])
     assert overheads([engine | {"detail": detail}]) == ""
 
 
