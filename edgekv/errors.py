@@ -20,10 +20,13 @@ class ModelError(EdgeKVError):
 
 
 class OverBudget(EdgeKVError):
-    """A lease was asked for that the budget does not hold."""
+    """A lease was asked for that the budget does not hold; `told` says so in other words than the ledger's."""
 
-    def __init__(self, name: str, asked_bytes: int, free_bytes: int, budget_bytes: int) -> None:
-        super().__init__(f"{name}: {asked_bytes:,} bytes asked, {free_bytes:,} free of a budget of {budget_bytes:,}")
+    def __init__(
+        self, name: str, asked_bytes: int, free_bytes: int, budget_bytes: int, told: str | None = None
+    ) -> None:
+        numbers = f"{asked_bytes:,} bytes asked, {free_bytes:,} free of a budget of {budget_bytes:,}"
+        super().__init__(told or f"{name}: {numbers}")
         self.name, self.asked_bytes, self.free_bytes, self.budget_bytes = name, asked_bytes, free_bytes, budget_bytes
 
 

@@ -29,6 +29,7 @@ MOST_S = 600
 STREAM_TOKENS = 128
 # The chat template and the number in front of each prompt take about 20 tokens.
 TAIL_TOKENS = STREAM_TOKENS - 20
+OUTSIDE = "one stream, not in the model"
 
 
 class RowFailed(Exception):
@@ -79,6 +80,7 @@ class Row:
     measure: Callable[[Task], Result]
     weights: tuple[str, ...] = tuple(SYSTEMS)
     turns: int = 1
+    families: tuple[str, ...] = (LLAMA, VLLM, EDGEKV)
 
     def systems(self, weights: str) -> tuple[str, ...]:
         """Who takes part, in the order of the table."""
@@ -88,7 +90,7 @@ class Row:
         for system in SYSTEMS[weights]:
             if system == LLAMA and self.name in ("prefix", "burst"):
                 found += [name for name in LLAMA_SLOTS if name != LLAMA]
-            elif family(system) != VLLM or self.is_http:
+            elif family(system) in self.families and (family(system) != VLLM or self.is_http):
                 found.append(system)
         return tuple(found)
 
@@ -156,24 +158,27 @@ def streams(number: int) -> Callable[[Task], Result]:
     def measure(task: Task) -> Result:
         options = ["--requests", str(number), "--concurrency", str(number), "--system-tokens", "0"]
         options += ["--tail-tokens", str(TAIL_TOKENS), "--max-tokens", str(STREAM_TOKENS)]
-        before = forward_s(task)
         found, command = _bench_serve(task, *options)
         measures = {
             f"{number} streams": _rate([found["output_tok_s"]]),
             f"{number} streams, a token": Measure("ms", [found["tpot_ms"]["p50"]], more=False),
         }
-        if before is not None and (after := forward_s(task)) is not None:
-            others = 100 * (1 - (after - before) / found["duration_s"])
-            measures[f"{number} streams, not in the model"] = Measure("%", [round(others, 2)], more=False)
         return Result(measures, command, found)
 
     return measure
 
 
-def forward_s(task: Task) -> float | None:
-    """Seconds that the server has been in the model; None of one that does not say."""
-    if family(task.system) != EDGEKV:
-        return None
+def outside(task: Task) -> Result:
+    """What of the time of chats that come one after the other the server was not in the model."""
+    before = _forward_s(task)
+    options = ("--requests", "4", "--concurrency", "1", "--warmup", "0", "--system-tokens", "0")
+    found, command = _bench_serve(task, *options, "--tail-tokens", str(TAIL_TOKENS), "--max-tokens", str(STREAM_TOKENS))
+    share = 1 - (_forward_s(task) - before) / found["duration_s"]
+    return Result({OUTSIDE: Measure("%", [round(100 * share, 2)], more=False)}, command, found)
+
+
+def _forward_s(task: Task) -> float:
+    """Seconds that the server has been in the model."""
     text = httpx2.get(task.url.removesuffix("/v1") + "/metrics", timeout=60, trust_env=False).text
     [found] = re.findall(r"^edgekv_forward_seconds_total(?:{[^}]*})? (\S+)$", text, re.MULTILINE)
     return float(found)
@@ -200,6 +205,7 @@ ROWS = (
     Row("prefill", False, prefill),
     Row("stream", True, stream),
     Row("pairs", True, pairs, turns=12),
+    Row("outside", True, outside, families=(EDGEKV,)),
     Row("streams-1", True, streams(1)),
     Row("streams-8", True, streams(8)),
     Row("streams-16", True, streams(16)),

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.peers.rows import OUTSIDE
 from bench.peers.systems import EDGEKV, LLAMA, VLLM, family, on_load
 from edgekv.cli.percentile import percentile
-
-# The quantity that `rows.streams` has of edgekv alone.
-OUTSIDE = "1 streams, not in the model"
 
 
 @dataclass(slots=True)
@@ -103,7 +101,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for (weights, name), quantity in gather(lines).items():
-        if name.endswith("not in the model"):
+        if name == OUTSIDE:
             continue
         cells = [_cell(quantity, LLAMA), _cell(quantity, VLLM), _cell(quantity, EDGEKV)]
         text.append(f"| {weights} | {name}, {quantity.unit} | {' | '.join(cells)} | {_ratios(quantity)} |")

@@ -17,6 +17,7 @@ def check(
 ) -> None:
     """Check a configuration: every fault at once, with its line, before anything is loaded."""
     from edgekv.config.load import json_schema, load_config
+    from edgekv.engine.servable import unservable
     from edgekv.errors import ConfigError
 
     if schema:
@@ -26,7 +27,7 @@ def check(
         raise typer.BadParameter("name a configuration file, for example: edgekv check config.yaml")
     warnings: list[str] = []
     try:
-        loaded = load_config(config, settings, os.environ, warn=warnings.append)
+        loaded = load_config(config, settings, os.environ, warn=warnings.append, further=unservable)
     except ConfigError as error:
         if not as_json:
             raise

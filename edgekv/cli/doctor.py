@@ -96,7 +96,7 @@ def _host() -> Iterator[Finding]:
 def _kernels() -> Finding:
     from edgekv.kernels.cpu.build import build_seconds
     from edgekv.kernels.cpu.library import KernelsUnavailable, available, is_ready, load_library
-    from edgekv.kernels.cpu.threads import default_threads
+    from edgekv.kernels.cpu.threads import VARIABLE, asked_threads, default_threads
 
     if available() and not is_ready():  # looking at things should not take that long
         return Finding("ok", "cpu kernels", f"compiled when first needed, about {build_seconds():.0f} s")
@@ -106,7 +106,12 @@ def _kernels() -> Finding:
         lost = f"none: {error.reason}; models on the processor run several times slower, through torch"
         return Finding("warn", "cpu kernels", lost, error.remedy)
     threads = default_threads()
-    return Finding("ok", "cpu kernels", f"{library.tiers[0]}, {threads} thread{'s' if threads != 1 else ''}")
+    found = f"{library.tiers[0]}, {threads} thread{'s' if threads != 1 else ''}"
+    try:
+        asked_threads()
+    except ValueError as error:
+        return Finding("warn", "cpu kernels", f"{found}; {error}", f"correct {VARIABLE}, or unset it")
+    return Finding("ok", "cpu kernels", found)
 
 
 def _swap_bytes() -> tuple[int, int]:

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 class Asked:
     """What is to be planned. `card`: the table's entry for the device; `is_here`: whether this machine has it.
 
-    `table`: what the model's files hold. `pinned`: how many tokens each pinned prompt has, by name; `pinned_blocks` are
-    pinned for all of them.
+    `table`: what the model's files hold; `draft_table`: what those of its draft hold. `pinned`: how many tokens each
+    pinned prompt has, by name; `pinned_blocks` are pinned for all of them.
     """
 
     settings: "EngineSettings"
     table: "WeightTable"
+    draft_table: "WeightTable | None"
     card: KnownCard | None
     is_here: bool
     pinned: dict[str, int]
@@ -79,8 +80,10 @@ def plan(
         context_tokens=context or settings.context_tokens,
         max_sequences=max_num_seqs or settings.max_sequences,
     )
+    draft_table = None
     if draft is not None:
-        settings = replace(settings, draft=_draft(draft, draft_kv, settings.place))
+        drafted, draft_table = _draft(draft, draft_kv, settings)
+        settings = replace(settings, draft=drafted)
     spec = read_spec(settings.folder)
     settings = replace(settings, native=runs_natively(settings, spec))
     table = read_weight_table(settings.folder, spec)
@@ -88,7 +91,7 @@ def plan(
     tokens, blocks = _pinned(settings, spec, result, pinned)
     place = settings.place
     card_here = known or live_card(place.title, place.total_bytes)
-    asked = Asked(settings, table, card_here, elsewhere is None, tokens, blocks)
+    asked = Asked(settings, table, draft_table, card_here, elsewhere is None, tokens, blocks)
     if as_json:
         print_json(plan_json(asked, spec, result))
     else:
@@ -182,19 +185,20 @@ def _elsewhere(card: KnownCard | None, vram: str | None, others: str | None) -> 
     return Place("card", "cuda:0", "a card" if card is None else card.name, total - held, total_bytes=total)
 
 
-def _draft(name: str, kv: str | None, place: "Place") -> "Draft":
+def _draft(name: str, kv: str | None, target: "EngineSettings") -> "tuple[Draft, WeightTable]":
+    """The draft as what would run it has it, which is decided as for a target, and what its files hold."""
     from edgekv.cli.models import DEMO, resolve_model
-    from edgekv.core.capacity import Draft, choose_dtype
+    from edgekv.core.capacity import Draft
     from edgekv.demo import draft_path
+    from edgekv.engine.settings import EngineSettings, runs_natively, weigh
     from edgekv.model.hf_config import read_spec
-    from edgekv.model.weight_plan import plain_bytes
     from edgekv.model.weight_table import read_weight_table
 
     path = draft_path() if name == DEMO else resolve_model(name)
-    spec = read_spec(path)
-    quantised = read_weight_table(path, spec).is_quantised
-    dtype = choose_dtype(spec.dtype, spec.num_parameters, place.kind, quantised=quantised).name
-    return Draft(spec, dtype, None if kv is None else _size(kv), plain_bytes(spec, dtype))
+    spec, settings = read_spec(path), EngineSettings(path, target.place, block_size=target.block_size)
+    table = read_weight_table(path, spec)
+    choice, weights = weigh(settings, spec, table, native=runs_natively(settings, spec))
+    return Draft(spec, choice.name, None if kv is None else _size(kv), weights), table
 
 
 def _dtype(name: str) -> "DtypeName | None":

@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from edgekv.cli.assumed import checkpoint_json, kind_sizes, missing_weights
 from edgekv.cli.console import stdout, table
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.cli.remedies import kv_formats, remedies
 from edgekv.config.units import format_size
-from edgekv.core.capacity import DTYPE_BYTES, MemoryPlan, beyond_window_bytes, decode_read_bytes
+from edgekv.core.capacity import (
+    DTYPE_BYTES,
+    DraftPlan,
+    MemoryPlan,
+    WeightBytes,
+    beyond_window_bytes,
+    decode_read_bytes,
+)
 from edgekv.core.kv_format import KV_FORMATS, SCALE_BYTES
 
 if TYPE_CHECKING:
@@ -29,6 +37,9 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
     notes = "; ".join(note for note in (place.note, _of_card(asked)) if note)
     where = f"on {place.title}: {format_size(result.total_bytes)} in all{free}"
     console.print(where + (f" ({notes})" if notes else ""), soft_wrap=True)
+    for told in (asked.table, asked.draft_table):
+        for line in () if told is None else missing_weights(told):
+            console.print(line, soft_wrap=True)
     console.print()
     shares = plan_shares(asked, spec, result)
     console.print(owner_bar(shares, min(console.width, WIDEST_BAR)))
@@ -67,10 +78,10 @@ def plan_shares(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> list[O
     usual = settings.place.reserve_bytes is None
     how = {
         "runtime": "interpreter and torch" if settings.place.kind == "cpu" else "driver's context, an estimate",
-        "weights": _kinds(spec, result),
+        "weights": _plain(spec, result) or _kinds(result.weights),
         "workspace": "scratch of one step, at most",
         "graphs": "captured decode steps, an estimate",
-        "weights.draft": "" if draft is None else f"the draft, in {draft.dtype}",
+        "weights.draft": "" if draft is None else f"the draft, in {_draft_kinds(draft)}",
         "kv.draft": "" if draft is None else f"{draft.kv.pool_tokens:,} tokens of the draft",
         "kv.target": blocks,
     }
@@ -128,12 +139,15 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
     }  # fmt: skip
     if result.draft is not None:
         document["draft"]["weight_bytes"] = result.draft.weight_bytes
+        if asked.draft_table is not None:
+            document["draft"]["checkpoint"] = checkpoint_json(asked.draft_table)
         document["draft"]["kv"] |= {
             "pool_tokens": result.draft.kv.pool_tokens, "pool_bytes": result.draft.kv.pool_bytes
         }  # fmt: skip
     return {
         "architecture": spec.architecture, "num_parameters": spec.num_parameters, "device": place.kind,
-        "title": place.title, **document, "weight_bytes": result.weight_bytes,
+        "title": place.title, "checkpoint": checkpoint_json(asked.table),
+        **document, "weight_bytes": result.weight_bytes,
         "budget_bytes": result.budget_bytes, "leases": result.leases,
         "withheld_bytes": result.withheld_bytes, "free_bytes": result.free_bytes,
         "missing_bytes": result.missing_bytes, "fits": result.fits,
@@ -191,18 +205,20 @@ def _head(spec: "ModelSpec", result: MemoryPlan) -> str:
     return f"({spec.head_dim}{scale})" if scale else f"{spec.head_dim} × {kept.bits // 8}"
 
 
-def _kinds(spec: "ModelSpec", result: MemoryPlan) -> str:
-    """What the weights are kept in, without norms and the like."""
-    kinds = result.weights.kinds
-    if set(kinds) == {result.dtype}:
-        return f"{spec.num_parameters:,} × {DTYPE_BYTES[result.dtype]} bytes"
-    large = {name: num_bytes for name, num_bytes in kinds.items() if 100 * num_bytes >= result.weight_bytes}
-    return ", ".join(f"{_kind(name)} {format_size(num_bytes)}" for name, num_bytes in large.items())
+def _plain(spec: "ModelSpec", result: MemoryPlan) -> str | None:
+    if set(result.weights.kinds) != {result.dtype}:
+        return None
+    return f"{spec.num_parameters:,} × {DTYPE_BYTES[result.dtype]} bytes"
 
 
-def _kind(encoding: str) -> str:
-    """As people call it."""
-    return encoding.replace("affine4_", "int4/")
+def _draft_kinds(draft: DraftPlan) -> str:
+    return draft.dtype if set(draft.weights.kinds) == {draft.dtype} else _kinds(draft.weights)
+
+
+def _kinds(weights: WeightBytes) -> str:
+    """What weights are kept in, without norms and the like."""
+    large = {name: num_bytes for name, num_bytes in weights.kinds.items() if 100 * num_bytes >= weights.total}
+    return kind_sizes(large)
 
 
 def _of_card(asked: "Asked") -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,11 +24,13 @@ def load_config(
     *,
     warn: Callable[[str], None] | None = None,
     check_files: bool = True,
+    further: Callable[[Config], Iterable[tuple[Where, str]]] | None = None,
 ) -> Config:
     """The configuration in `path` (None: all defaults) under `environ` under `overrides` (`server.port=9000`).
 
-    Relative paths are relative to the file's folder. `warn` hears of what has no effect. Raises ConfigError with every
-    fault there is.
+    Relative paths are relative to the file's folder. `warn` hears of what has no effect. `further` knows more than a
+    configuration tells, and finds faults (where, and what) in one that is sound by itself. Raises ConfigError with
+    every fault there is.
     """
     document = _read(path)
     apply_settings(document, list(overrides))
@@ -36,6 +38,8 @@ def load_config(
     interpolate(document, environ or {})
     take_out_unavailable(document)
     config = _validate(document, path.parent.absolute() if path else Path.cwd(), check_files=check_files)
+    if further is not None and not document.faults:
+        document.faults += [Fault(document.place_of(where), where, message) for where, message in further(config)]
     if document.faults:
         ordered = sorted(document.faults, key=lambda fault: (fault.place.line or 0, fault.place.column or 0))
         raise ConfigError(list(dict.fromkeys(str(fault) for fault in ordered)))

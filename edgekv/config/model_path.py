@@ -19,11 +19,16 @@ def gguf_at(path: Path) -> Path | None:
         return path
     if not path.is_dir() or (path / "config.json").exists():
         return None
-    try:
-        found = sorted(file for file in path.iterdir() if file.suffix == ".gguf")
-    except OSError as fault:
-        raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    found = [file for file in found if not _LATER_PART.fullmatch(file.name)] or found[:1]
+    found = gguf_files(path)
     if len(found) > 1:
         raise ModelError(f"{path}: holds several GGUF files, name one: {', '.join(file.name for file in found)}")
     return found[0] if found else None
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """The GGUF files in a folder, by name; the parts of a split file count as one, its first. Raises ModelError."""
+    try:
+        found = sorted(file for file in folder.iterdir() if file.suffix == ".gguf")
+    except OSError as fault:
+        raise ModelError(f"{folder}: cannot be read: {fault.strerror or fault}") from None
+    return [file for file in found if not _LATER_PART.fullmatch(file.name)] or found[:1]

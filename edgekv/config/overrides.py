@@ -15,7 +15,8 @@ from edgekv.config.document import Document, Fault, Path, Place, Value, parse_do
 from edgekv.config.settings import Config
 
 ENV_PREFIX = "EDGEKV_"
-CLIENT_KEY = "EDGEKV_KEY"  # what `edgekv status` presents, and no setting
+# No settings: what `edgekv status` presents, and where the CPU kernels come from.
+NO_SETTINGS = ("EDGEKV_KEY", "EDGEKV_CPU_KERNELS")
 _REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 _PART = re.compile(r'"([^"]+)"|([^."\[\]]+)')
 
@@ -37,7 +38,7 @@ def apply_environment(document: Document, environ: Mapping[str, str]) -> list[st
     referred = set(_referred(document.data))
     warnings: list[str] = []
     for name in sorted(environ):
-        if not name.startswith(ENV_PREFIX) or name in referred or name == CLIENT_KEY:
+        if not name.startswith(ENV_PREFIX) or name in referred or name in NO_SETTINGS:
             continue
         parts = tuple(part.lower() for part in name[len(ENV_PREFIX) :].split("__"))
         path = _spell(parts, document.data)

@@ -56,6 +56,14 @@ def parse_duration(text: object) -> float:
     return float(match[1]) * unit
 
 
+def setting_size(num_bytes: int) -> str:
+    """The most that a setting can ask for within `num_bytes`, to two places: `3.59GiB`."""
+    for name, unit in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if num_bytes >= unit:
+            return f"{num_bytes * 100 // unit / 100:.2f}".rstrip("0").rstrip(".") + name
+    return f"{num_bytes}B"
+
+
 def format_size(num_bytes: float) -> str:
     """Bytes in the largest binary unit that leaves at least one: `1.50 GiB`."""
     size = float(num_bytes)

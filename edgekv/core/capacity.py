@@ -121,12 +121,13 @@ class DraftPlan:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Where every byte of the device goes. `kv` holds no block where the model leaves no room for one.
+    """Where every byte of the `device` goes. `kv` holds no block where the model leaves no room for one.
 
     `others_bytes` is what other programs held when it was planned; `most_bytes` the most that edgekv may have in all,
     None for no such limit. `ceiling_blocks` is what the pool may grow to when others leave.
     """
 
+    device: DeviceKind
     total_bytes: int
     others_bytes: int
     headroom_bytes: int
@@ -374,6 +375,7 @@ def plan_memory(
         grown = left + min(total_bytes - kept_free, most) - min(room, most)
         ceiling = max(ceiling, grown // kv.block_bytes)
     return MemoryPlan(
+        device=device,
         total_bytes=total_bytes,
         others_bytes=total_bytes - free,
         headroom_bytes=kept_free,

@@ -1,5 +1,6 @@
 """What a model computes in when nobody says. Runs in: anywhere; owns: nothing."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,29 +25,48 @@ class DtypeChoice:
 
 
 def choose_dtype(
-    checkpoint: DtypeName, num_parameters: int, device: DeviceKind, *, quantised: bool = False, native: bool = False
+    checkpoint: DtypeName,
+    num_parameters: int,
+    device: DeviceKind,
+    *,
+    quantised: bool = False,
+    native: bool = False,
+    stored: Collection[DtypeName] = (),
 ) -> DtypeChoice:
     """What a model computes in when nothing is set.
 
-    `quantised`: its weights are, in the file or by setting; `native`: the native CPU kernels run it, which take them as
-    they are. Without those they become plain numbers.
+    `quantised`: its weights are, in the file; `native`: the native CPU kernels run it, which take them as they are.
+    Without those they become plain numbers. `stored`: what the matrices are in that are plain numbers already; empty
+    for what the checkpoint is said to be in.
     """
     if quantised and native:
         return DtypeChoice("bfloat16", "the weights stay quantised", keeps_stored=True)
+    name = _plain_dtype(checkpoint, num_parameters, device, native)
     if quantised:
-        name = _plain_dtype(checkpoint, num_parameters, device, native)[0]
         lacking = "no kernels for them on a card yet" if device == "card" else "the native CPU kernels are not in use"
         return DtypeChoice(name, f"the quantised weights are unpacked to {name}: {lacking}")
-    return DtypeChoice(*_plain_dtype(checkpoint, num_parameters, device, native))
+    if _is_small(checkpoint, num_parameters, device, native):
+        return DtypeChoice(name, "a small model on the CPU: exact, and the same in any batch")
+    return DtypeChoice(name, _reason(name, stored or (checkpoint,), device, native))
 
 
-def _plain_dtype(
-    checkpoint: DtypeName, num_parameters: int, device: DeviceKind, native: bool
-) -> tuple[DtypeName, str]:
-    if device == "card":
-        return checkpoint, "as the checkpoint"
-    if num_parameters * DTYPE_BYTES[checkpoint] <= (EXACT_NATIVE_BYTES if native else EXACT_WEIGHT_BYTES):
-        return "float32", "a small model on the CPU: exact, and the same in any batch"
-    if checkpoint == "float16":
-        return "bfloat16", "float16 is slow on CPUs; the checkpoint's float16 is rounded to bfloat16"
-    return checkpoint, "as the checkpoint"
+def _is_small(checkpoint: DtypeName, num_parameters: int, device: DeviceKind, native: bool) -> bool:
+    limit = EXACT_NATIVE_BYTES if native else EXACT_WEIGHT_BYTES
+    return device == "cpu" and num_parameters * DTYPE_BYTES[checkpoint] <= limit
+
+
+def _plain_dtype(checkpoint: DtypeName, num_parameters: int, device: DeviceKind, native: bool) -> DtypeName:
+    if _is_small(checkpoint, num_parameters, device, native):
+        return "float32"
+    return "bfloat16" if device == "cpu" and checkpoint == "float16" else checkpoint
+
+
+def _reason(name: DtypeName, stored: Collection[DtypeName], device: DeviceKind, native: bool) -> str:
+    others = [each for each in stored if each != name]
+    if not others:
+        return "as the checkpoint"
+    verb = ("is" if len(others) == 1 else "are") + (" kept in" if name == "float32" else " rounded to")
+    told = f"the checkpoint's {' and '.join(others)} {verb} {name}"
+    if list(stored) == ["float16"] and device == "cpu":
+        return f"{told}; dtype float16 keeps it" if native else f"float16 is slow on CPUs; {told}"
+    return told

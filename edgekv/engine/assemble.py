@@ -55,7 +55,7 @@ class Assembly:
     """What was built: the model's shape and texts, and where every byte went (`leases`, by name).
 
     `runtime_reason` says how the bytes of the lease `runtime` are known. `kernels` says what runs the model, and
-    `kernels_loss` what is lost where that is torch though it is a CPU.
+    `kernels_loss` why that is torch where it could have been the native kernels.
     """
 
     spec: ModelSpec
@@ -88,7 +88,7 @@ def assemble(
     generation = _with_end_of_text(read_generation_config(settings.folder), tokenizer.eos_id)
     template = load_chat_template(settings.folder)
     prompts = [encode_pinned(written, tokenizer, template) for written in settings.pinned_prompts]
-    settings, kernels = choose_kernels(settings, spec)
+    settings, kernels = choose_kernels(settings, spec, progress)
     choice, memory = plan_engine(settings, spec)
     place = settings.place
     if sources is None:
@@ -99,6 +99,8 @@ def assemble(
     pool: BlockMemory[Any]
     runner: ModelRunner
     if kernels.pool is not None:
+        # The number is the process's, and still 1 where an engine was there before this one.
+        torch.set_num_threads(kernels.pool.threads)
         native = load_native(settings, spec, choice, kernels.pool, progress)
         # Sampling is all that is left to torch; threads of its own would fight the kernels' for the cores.
         torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from edgekv.engine.settings import EngineSettings, weight_form
 from edgekv.kernels.cpu.abi import Matrix
 from edgekv.kernels.cpu.library import KernelsUnavailable, load_library
 from edgekv.kernels.cpu.program import Pool
-from edgekv.kernels.cpu.threads import default_threads
+from edgekv.kernels.cpu.threads import asked_threads, default_threads
 from edgekv.kernels.quant.encodings import Encoding
 from edgekv.model.lowering import lower, unsupported
 from edgekv.model.native_lm import NativeLM
@@ -27,12 +27,15 @@ from edgekv.model.spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
+COMPILING = "compiling the CPU kernels (once)"
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """What runs the model: the kernels of `pool`, or torch where there is none.
 
-    `title` is short, for people: "avx512, 2 threads". `loss`: what is lost without the kernels and what can be done.
+    `title` is short, for people: "avx512 kernels, 2 threads". `loss`: why torch runs a model on the CPU, what that
+    costs and what can be done.
     """
 
     pool: Pool | None
@@ -40,10 +43,13 @@ class Kernels:
     loss: str | None = None
 
 
-def choose_kernels(settings: EngineSettings, spec: ModelSpec) -> tuple[EngineSettings, Kernels]:
+def choose_kernels(
+    settings: EngineSettings, spec: ModelSpec, progress: Callable[[int, int, str], None]
+) -> tuple[EngineSettings, Kernels]:
     """The kernels of an engine, compiled first if need be, and its settings with `native` decided.
 
-    Where they cannot run a model on the CPU, torch does, and the log says so once.
+    Where they cannot run a model on the CPU, torch does, and the log says so once. `progress` is called many times a
+    second while they are compiled, and may raise to stop that.
     """
     if settings.place.kind != "cpu" or settings.native is False:
         return replace(settings, native=False), Kernels(None, "torch")
@@ -51,7 +57,8 @@ def choose_kernels(settings: EngineSettings, spec: ModelSpec) -> tuple[EngineSet
     remedy = ""
     if reason is None:
         try:
-            pool = Pool(load_library(), default_threads())
+            library = load_library(lambda: progress(0, 0, COMPILING))
+            pool = Pool(library, _threads())
         except KernelsUnavailable as error:
             reason, remedy = error.reason, error.remedy
         except OSError as error:
@@ -59,11 +66,19 @@ def choose_kernels(settings: EngineSettings, spec: ModelSpec) -> tuple[EngineSet
         else:
             threads = f"{pool.threads} thread{'s' if pool.threads != 1 else ''}"
             return replace(settings, native=True), Kernels(pool, f"{pool.tier} kernels, {threads}")
-    loss = f"the native CPU kernels cannot run this model: {reason}. torch runs it, several times slower"
+    loss = f"{reason}. torch runs it, several times slower"
     if remedy:
         loss += f"; {remedy}"
-    _log.warning("%s", loss)
+    _log.warning("the native CPU kernels cannot run this model: %s", loss)
     return replace(settings, native=False), Kernels(None, "torch", loss)
+
+
+def _threads() -> int:
+    try:
+        asked_threads()
+    except ValueError as error:
+        _log.warning("%s", error)
+    return default_threads()
 
 
 class LibraryPacker:

@@ -22,8 +22,10 @@ __all__ = ["NonFiniteLogits", "SampleRow", "Sampler", "check_params"]
 
 # Candidates looked at first for a top-p row, and how the number grows. Nine tenths of a language model's mass lie
 # nearly always in fewer than 256 tokens, and topk of 256 costs hardly more than of 40; from 1/32 of the vocabulary
-# upwards one sort is cheaper than another attempt (measured on CPU at 128,256 tokens).
+# upwards one sort is cheaper than another attempt (measured on CPU at 128,256 tokens). For a top-k row they are a power
+# of two, so that rows can be drawn together, and fewer than 64 would save nothing.
 _FIRST_CANDIDATES = 256
+_FEWEST_CANDIDATES = 64
 _CANDIDATE_GROWTH = 8
 _SORT_FROM = 1 / 32
 
@@ -134,8 +136,12 @@ class Sampler:
                 (ranked if self._ranks(row.params) else plain).append(index)
         for part in self._parts(plain):
             chosen[torch.tensor(part, device=self.device)] = self._draw_by_id(scores, peaks, rows, part)
-        for part in self._parts(ranked):
-            self._draw_by_rank(scores, peaks, rows, part, chosen)
+        by_size: dict[int, list[int]] = {}
+        for index in ranked:
+            by_size.setdefault(self._first_size(rows[index].params), []).append(index)
+        for size, alike in by_size.items():
+            for part in self._parts(alike):
+                self._draw_by_rank(scores, peaks, rows, part, size, chosen)
 
         token_ids: list[int] = chosen.tolist()
         sampled = [Sampled(token_id) for token_id in token_ids]
@@ -146,6 +152,15 @@ class Sampler:
 
     def _ranks(self, params: SamplingParams) -> bool:
         return params.top_p < 1.0 or (params.top_k is not None and params.top_k < self.vocab_size)
+
+    def _first_size(self, params: SamplingParams) -> int:
+        """How many of a row's candidates are looked at first: its top-k, up to the next of a few sizes.
+
+        The row alone decides: one that wants thousands must not have its neighbours wait while theirs are found, too.
+        """
+        limited = params.top_k is not None and params.top_k < self.vocab_size
+        wanted = max(params.top_k or 0, _FEWEST_CANDIDATES) if limited else _FIRST_CANDIDATES
+        return min(1 << (wanted - 1).bit_length(), self.vocab_size)
 
     def _parts(self, indexes: list[int]) -> list[list[int]]:
         step = self._rows_at_once
@@ -175,18 +190,16 @@ class Sampler:
         return torch.where(possible, drawn, weights.argmax(dim=-1, keepdim=True)).squeeze(1)
 
     def _draw_by_rank(
-        self, scores: Tensor, peaks: Tensor, rows: Sequence[SampleRow], part: list[int], chosen: Tensor
+        self, scores: Tensor, peaks: Tensor, rows: Sequence[SampleRow], part: list[int], size: int, chosen: Tensor
     ) -> None:
-        """Draw from the likeliest candidates, and from more of them where these do not hold top_p of the mass yet."""
+        """Draw from the likeliest `size`, and from more of them where these do not hold top_p of the mass yet."""
         vocab_size = self.vocab_size
-        limits = [min(rows[index].params.top_k or vocab_size, vocab_size) for index in part]
-        unlimited = [index for index, limit in zip(part, limits, strict=True) if limit == vocab_size]
+        unlimited = [index for index in part if (rows[index].params.top_k or vocab_size) >= vocab_size]
         masses = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
         if unlimited:
             weights = self._weights(_take(scores, unlimited), peaks, rows, unlimited)
             masses[torch.tensor(unlimited, device=self.device)] = weights.sum(dim=-1)
             del weights
-        size = max(limit if limit < vocab_size else min(_FIRST_CANDIDATES, vocab_size) for limit in limits)
 
         pending = part
         while pending:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
-from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, choose_dtype, plan_memory
-from edgekv.core.kv_format import KV_FORMATS, KVDtypeName
+from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, WeightBytes, choose_dtype, plan_memory
+from edgekv.core.kv_format import KVDtypeName
 from edgekv.core.ledger import Ledger
-from edgekv.errors import EdgeKVError
+from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, only_native, why_not_native
+from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
+from edgekv.errors import EdgeKVError, OverBudget
 from edgekv.kernels.cpu.threads import default_threads
 from edgekv.model.matrix_layout import WeightForm, WeightsName
 from edgekv.model.native_shape import unsupported
@@ -86,6 +88,29 @@ def weight_form(settings: EngineSettings, choice: DtypeChoice) -> WeightForm:
     return WeightForm(None if choice.keeps_stored else choice.name, settings.weight_format)
 
 
+def weigh(
+    settings: EngineSettings, spec: ModelSpec, table: WeightTable, *, native: bool
+) -> tuple[DtypeChoice, WeightBytes]:
+    """What a model computes in, and what its weights take. Raises ModelError where they cannot be kept as asked."""
+    if settings.dtype is not None:
+        choice = DtypeChoice(settings.dtype, "as configured")
+    elif settings.weight_format != "auto":
+        reason = f"the weights are quantised to {settings.weight_format} as they are loaded"
+        choice = DtypeChoice("bfloat16", reason, keeps_stored=True)
+    else:
+        choice = choose_dtype(
+            spec.dtype,
+            spec.num_parameters,
+            settings.place.kind,
+            quantised=table.is_quantised,
+            native=native,
+            stored=table.dtypes,
+        )
+    if native:
+        return choice, native_bytes(table, spec, weight_form(settings, choice))
+    return choice, plain_bytes(spec, choice.name)
+
+
 def plan_engine(
     settings: EngineSettings, spec: ModelSpec, table: WeightTable | None = None
 ) -> tuple[DtypeChoice, MemoryPlan]:
@@ -97,31 +122,18 @@ def plan_engine(
     place, native = settings.place, runs_natively(settings, spec)
     if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
         raise ContextTooLong(settings.context_tokens, spec.max_position_embeddings)
-    if settings.weight_format != "auto" and not native:
-        raise NotServedHere("weights", settings.weight_format, settings)
-    if settings.kv_dtype is not None and not KV_FORMATS[settings.kv_dtype].is_served(native=native):
-        raise NotServedHere("kv.dtype", settings.kv_dtype, settings)
+    unmet = None if native else next(only_native(settings), None)
+    if unmet is not None:
+        raise NotServedHere(*unmet, why_not_native(settings, spec) or NOT_IN_USE)
     if table is None:
         table = read_weight_table(settings.folder, spec)
-    choice = (
-        DtypeChoice(settings.dtype, "as configured")
-        if settings.dtype is not None
-        else choose_dtype(
-            spec.dtype,
-            spec.num_parameters,
-            place.kind,
-            quantised=table.is_quantised or settings.weight_format != "auto",
-            native=native,
-        )
-    )
+    choice, weights = weigh(settings, spec, table, native=native)
     context_tokens = settings.context_tokens or spec.max_position_embeddings
-    weights, workspace = plain_bytes(spec, choice.name), None
+    workspace = None
     if native:
-        form = weight_form(settings, choice)
-        weights = native_bytes(table, spec, form)
         workspace = workspace_bytes(
             spec,
-            native_inputs(table, spec, form),
+            native_inputs(table, spec, weight_form(settings, choice)),
             max_step_tokens=settings.max_step_tokens,
             max_sequences=settings.max_sequences,
             context_tokens=context_tokens,
@@ -148,18 +160,6 @@ def plan_engine(
     return choice, memory
 
 
-class NotServedHere(EdgeKVError):
-    """A setting was asked for that only the native CPU kernels can do, and they do not run this model."""
-
-    def __init__(self, setting: str, value: str, settings: EngineSettings) -> None:
-        why = "they run models on the CPU only" if settings.place.kind == "card" else "they are not in use here"
-        super().__init__(
-            f"{setting}: {value} needs the native CPU kernels, and {why}. Set {setting} to auto; what there is to know "
-            "about the kernels on this machine: edgekv doctor"
-        )
-        self.setting, self.value = setting, value
-
-
 class ContextTooLong(EdgeKVError):
     """A context was asked for that goes beyond the positions the model was made for."""
 
@@ -171,36 +171,23 @@ class ContextTooLong(EdgeKVError):
         self.context_tokens, self.model_tokens = context_tokens, model_tokens
 
 
-class NoRoomForKV(EdgeKVError):
-    """Not one block of the KV pool fits."""
-
-    def __init__(self, memory: MemoryPlan) -> None:
-        block = f"one block of {memory.kv.block_size} tokens takes {memory.kv.block_bytes:,} bytes"
-        if memory.missing_bytes:
-            super().__init__(
-                f"The model leaves no room for its KV cache: {memory.missing_bytes:,} bytes are missing, and {block}. "
-                "See where they go with: edgekv plan MODEL"
-            )
-        else:
-            super().__init__(f"The KV budget holds no block: {block}. Raise kv.budget.")
-        self.missing_bytes, self.block_bytes = memory.missing_bytes, memory.kv.block_bytes
-
-
 def lease(memory: MemoryPlan, runtime_bytes: int | None = None) -> Ledger:
     """A ledger with every part of the plan on it, the KV pool by segment.
 
     `runtime_bytes`: what the process holds already, None for what was planned for it; the budget makes room for what
-    is beyond the plan (see `engine.runtime`). Raises OverBudget or NoRoomForKV where the plan does not hold.
+    is beyond the plan (see `engine.runtime`). Raises KVBudgetTooLarge or NoRoomForKV where the plan does not hold.
     """
     if memory.kv.num_blocks == 0:
         raise NoRoomForKV(memory)
     runtime = memory.runtime_bytes if runtime_bytes is None else runtime_bytes
     ledger = Ledger(memory.budget_bytes + max(0, runtime - memory.runtime_bytes))
-    ledger.reserve("runtime", runtime)
-    for name, num_bytes in memory.leases.items():
-        if name not in ("runtime", KV_LEASE):
-            ledger.reserve(name, num_bytes)
-    whole_pool = ledger.reserve(KV_LEASE, memory.kv.pool_bytes)
+    try:
+        for name, num_bytes in (memory.leases | {"runtime": runtime}).items():
+            if name != KV_LEASE:
+                ledger.reserve(name, num_bytes)
+        whole_pool = ledger.reserve(KV_LEASE, memory.kv.pool_bytes)
+    except OverBudget as over:
+        raise (NoRoomForKV(memory) if memory.missing_bytes else KVBudgetTooLarge(memory, over)) from None
     ledger.release(whole_pool)
     for num_blocks in memory.kv.segments:
         ledger.reserve(KV_LEASE, num_blocks * memory.kv.block_bytes)

@@ -11,13 +11,12 @@ from typing import Self
 
 from edgekv.errors import ModelError
 from edgekv.model.json_fields import Fields, read_object
+from edgekv.model.no_weights import INDEX, SINGLE, no_weights
 from edgekv.model.quantised_config import folder_quantisation
 from edgekv.model.safetensors_file import SafetensorsFile
 from edgekv.model.safetensors_tensor import SafetensorsTensor
 from edgekv.model.stored import StoredTensor
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 16 << 20
 _MAX_SHARDS = 4096
 
@@ -35,15 +34,15 @@ class Checkpoint:
         """Opens every file and checks every header; raises ModelError."""
         self._found: dict[str, SafetensorsTensor] = {}
         with ExitStack() as opening:
-            if (folder / _SINGLE).exists():
-                self._add(opening, folder / _SINGLE, None)
-                self.source = folder / _SINGLE
-            elif (folder / _INDEX).exists():
-                self.source = folder / _INDEX
+            if (folder / SINGLE).exists():
+                self._add(opening, folder / SINGLE, None)
+                self.source = folder / SINGLE
+            elif (folder / INDEX).exists():
+                self.source = folder / INDEX
                 for shard, names in _read_index(self.source).items():
                     self._add(opening, folder / shard, names)
             else:
-                raise ModelError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}{_remedy(folder)}")
+                raise no_weights(folder)
             self.tensors = self._as_weights(folder)
             self._files = opening.pop_all()
 
@@ -99,9 +98,3 @@ def _read_index(path: Path) -> dict[str, set[str]]:
     if len(shards) > _MAX_SHARDS:
         raise index.fault("weight_map", f"names {len(shards):,} files, over the limit of {_MAX_SHARDS:,}")
     return shards
-
-
-def _remedy(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        return ". Pickled weights (.bin, .pt) can run code and are never loaded: convert them to safetensors"
-    return ""

@@ -3,7 +3,6 @@
 Runs in: anywhere (no torch); owns: nothing (frozen data).
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from edgekv.errors import ModelError
 from edgekv.kernels.quant.encodings import Encoding
 from edgekv.model.asked_tensors import AskedTensors
 from edgekv.model.matrix_layout import DTYPE_ENCODINGS, EMBEDDING, HEAD
+from edgekv.model.no_weights import has_weights
 from edgekv.model.open_weights import open_weights
 from edgekv.model.quantised_config import folder_quantisation
-from edgekv.model.spec import ModelSpec
+from edgekv.model.spec import DtypeName, ModelSpec
 from edgekv.model.stored import StoredTensor
 from edgekv.model.weight_names import weight_names
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES: dict[Encoding, DtypeName] = {encoding: dtype for dtype, encoding in DTYPE_ENCODINGS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,15 @@ class WeightTable:
         return any(not tensor.encoding.is_float for tensor in self.tensors.values())
 
     @property
+    def dtypes(self) -> tuple[DtypeName, ...]:
+        """What the matrices are in that are plain numbers, the most bytes first."""
+        plain: dict[DtypeName, int] = {}
+        for tensor in self.tensors.values():
+            if len(tensor.shape) > 1 and (dtype := _DTYPES.get(tensor.encoding)) is not None:
+                plain[dtype] = plain.get(dtype, 0) + tensor.num_bytes
+        return tuple(sorted(plain, key=lambda name: -plain[name]))
+
+    @property
     def kinds(self) -> dict[str, int]:
         """Stored bytes by encoding, the most first."""
         kinds: dict[str, int] = {}
@@ -76,7 +85,7 @@ def read_weight_table(path: Path, spec: ModelSpec) -> WeightTable:
 
     A folder without any file of weights is taken for what its config.json describes. Raises ModelError as loading does.
     """
-    if gguf_at(path) is None and not _has_weights(path):
+    if gguf_at(path) is None and not has_weights(path):
         return _assumed(path, spec)
     with closing(open_weights(path)) as stored:
         asked = AskedTensors(stored)
@@ -87,22 +96,6 @@ def read_weight_table(path: Path, spec: ModelSpec) -> WeightTable:
                 tensors[name] = TableEntry(found.path, found.name, shape, found.encoding)
         asked.refuse_leftovers(tied_head=spec.tie_word_embeddings)
         return WeightTable(stored.source, tensors, is_assumed=False)
-
-
-def _has_weights(folder: Path) -> bool:
-    """An index alone, of which no shard is there, is part of a configuration that was downloaded without weights."""
-    if (folder / _SINGLE).exists():
-        return True
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return True  # for those that open it to find fault with
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict):
-        return True
-    return any((folder / shard).exists() for shard in set(shards.values()) if isinstance(shard, str))
 
 
 def _assumed(folder: Path, spec: ModelSpec) -> WeightTable:

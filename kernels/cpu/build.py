@@ -9,11 +9,13 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +42,7 @@ _TIER_FLAGS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 # gcc 12 and 13 think that their own AVX-512 headers read what is not set (gcc bug 105593).
 _QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
 
+_POLL_SECONDS = 0.02
 _ALL_UNITS_SECONDS, _LONGEST_UNIT_SECONDS = 36.0, 18.0
 
 
@@ -98,23 +101,31 @@ def check_file(path: str | Path) -> str | None:
     return None if told[0] == source_hash() else f"{path} was made from other sources"
 
 
-def build(target: Path, compiler: Sequence[str], *, flags: Sequence[str] = (), jobs: int | None = None) -> None:
+def build(
+    target: Path,
+    compiler: Sequence[str],
+    *,
+    flags: Sequence[str] = (),
+    jobs: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
     """Compile `target` and the file beside it; neither is seen before it is whole. Raises BuildFailed, OSError.
 
     `flags` go to the compiler and to the linker after all others. `jobs` compilers run at once, one per processor if
-    not said.
+    not said. `progress` is called many times a second; what it raises ends the compilers and is raised.
     """
-    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as name:
+    # A compiler that has just been killed may still put a file there.
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         # What takes longest first: of the tiers, the one that has no vectors to put sixteen lanes into.
         units = sorted(SOURCES.glob("*.cpp"), key=lambda unit: (unit.stem != "tier_plain", "tier_" not in unit.stem))
-        commands = [_compile_command(compiler, unit, folder, flags) for unit in units]
-        _run_all(commands, folder, jobs or len(_usable_processors()))
+        commands = [_compile_command(compiler, unit, folder, flags, progress) for unit in units]
+        _run_all(commands, folder, jobs or len(_usable_processors()), progress)
         library, summary = folder / "library", folder / "library.sum"
         objects = [str(folder / f"{unit.stem}.o") for unit in units]
         # Nothing of the C++ library is used, and as-needed keeps it from being asked for.
         link = [*compiler, "-shared", "-pthread", *_linker_flags(), *flags, "-o", str(library), *objects]
-        _run_all([link], folder, 1)
+        _run_all([link], folder, 1, progress)
         if _hash_now() != source_hash():
             raise BuildFailed(link, "error: the sources changed while they were compiled")
         summary.write_text(f"{source_hash()} {hashlib.sha256(library.read_bytes()).hexdigest()}\n", encoding="ascii")
@@ -128,20 +139,24 @@ def _linker_flags() -> tuple[str, ...]:
     return () if sys.platform == "darwin" else ("-Wl,--as-needed", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-s")
 
 
-def _compile_command(compiler: Sequence[str], unit: Path, folder: Path, flags: Sequence[str]) -> list[str]:
+def _compile_command(
+    compiler: Sequence[str], unit: Path, folder: Path, flags: Sequence[str], progress: Callable[[], None]
+) -> list[str]:
     tier = unit.stem.removeprefix("tier_") if unit.stem.startswith("tier_") else None
     special = _TIER_FLAGS.get(platform.machine().lower(), {}).get(tier, []) if tier else []
-    if special and not _understands(tuple(compiler), tuple(special)):
+    if special and not _understands(compiler, special, folder, progress):
         special = []
     command = [*compiler, *_FLAGS, *_QUIET, "-O3" if special else "-O2", *special, *flags]
     return [*command, f'-DEK_SOURCE_HASH="{source_hash()}"', "-c", str(unit), "-o", str(folder / f"{unit.stem}.o")]
 
 
-@cache
-def _understands(compiler: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+def _understands(compiler: Sequence[str], flags: Sequence[str], folder: Path, progress: Callable[[], None]) -> bool:
     """Whether a compiler knows a tier's instruction set; the tier is left out where it does not."""
-    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        _run_all([[*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]], folder, 1, progress)
+    except BuildFailed:
+        return False
+    return True
 
 
 def _usable_processors() -> list[int]:
@@ -150,25 +165,38 @@ def _usable_processors() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def _run_all(commands: Sequence[list[str]], folder: Path, jobs: int) -> None:
-    """Run commands, `jobs` at a time, in order. Raises BuildFailed with what the first to fail had to say."""
+def _run_all(commands: Sequence[list[str]], folder: Path, jobs: int, progress: Callable[[], None]) -> None:
+    """Run commands, `jobs` at a time, in order. Raises BuildFailed with what the first to fail had to say.
+
+    None is left running, and nothing of theirs outside the folder, whatever `progress` raises.
+    """
     waiting = list(commands)[::-1]
     running: list[tuple[subprocess.Popen[bytes], list[str], Path]] = []
+    variables = os.environ | {"TMPDIR": str(folder)}  # killed, a compiler does not clear away its temporary files
     try:
         while waiting or running:
+            progress()
             while waiting and len(running) < jobs:
                 command = waiting.pop()
                 said = folder / f"said-{len(waiting)}"
                 with said.open("wb") as output:
-                    started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                    started = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        env=variables,
+                        # Ctrl-C in a terminal is ours to heed, and with a compiler those that it started must end.
+                        start_new_session=True,
+                    )
                 running.append((started, command, said))
             for job in [job for job in running if job[0].poll() is not None]:
                 running.remove(job)
                 if job[0].returncode:
                     raise BuildFailed(job[1], job[2].read_text(encoding="utf-8", errors="replace"))
-            time.sleep(0.01)
+            time.sleep(_POLL_SECONDS)
     finally:
         for process, _, _ in running:
-            process.kill()
+            with suppress(OSError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-

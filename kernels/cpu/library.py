@@ -9,13 +9,16 @@ import ctypes
 import fcntl
 import logging
 import os
+import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from ctypes import c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from edgekv.kernels.cpu.abi import ABI_VERSION
 from edgekv.kernels.cpu.build import (
@@ -34,6 +37,8 @@ VARIABLE = "EDGEKV_CPU_KERNELS"
 _PREBUILT = Path(__file__).parent / "prebuilt"
 _GET_COMPILER = "install a C++ compiler (on Debian and Ubuntu: apt install g++), or set CXX"
 _OTHER_COMPILER = "set CXX to another C++ compiler: g++ 11 and clang++ 14 or later will do"
+
+_POLL_SECONDS = 0.05
 
 _POINTER = c_void_p
 # What each exported function answers and takes.
@@ -64,6 +69,10 @@ class KernelsUnavailable(Exception):
         self.reason, self.remedy = reason, remedy
 
 
+class _DoesNotLoad(Exception):
+    """A whole library that the system does not load from where it is."""
+
+
 class Library:
     """The loaded library. `functions` has those of dispatch.cpp; `tiers` are its tiers that work here, best first."""
 
@@ -86,9 +95,13 @@ class Library:
         self.tiers: tuple[str, ...] = tuple(names.value.decode().splitlines())
 
 
-def load_library() -> Library:
-    """The library, compiled if need be (once; takes a while and says so in the log). Raises KernelsUnavailable."""
-    found = _load(_wanted())
+def load_library(progress: Callable[[], None] = lambda: None) -> Library:
+    """The library, compiled if need be (once; takes a while and says so in the log). Raises KernelsUnavailable.
+
+    `progress` is called many times a second while it is compiled, here or by another process. What it raises ends that
+    and is raised; nothing is left behind, and the next call begins anew.
+    """
+    found = _load(_wanted(), progress)
     if isinstance(found, KernelsUnavailable):
         raise KernelsUnavailable(found.reason, found.remedy)
     return found
@@ -119,15 +132,24 @@ def _wanted() -> str:
     return os.environ.get(VARIABLE, "").strip() or "auto"
 
 
+def _load(wanted: str, progress: Callable[[], None] = lambda: None) -> Library | KernelsUnavailable:
+    found = _found()
+    if wanted not in found:
+        try:
+            found[wanted] = _find(wanted, progress)
+        except KernelsUnavailable as error:
+            # Not the one that was raised: its traceback would keep the caller's progress, and what that belongs to.
+            found[wanted] = KernelsUnavailable(error.reason, error.remedy)
+    return found[wanted]
+
+
 @cache
-def _load(wanted: str) -> Library | KernelsUnavailable:
-    try:
-        return _find(wanted)
-    except KernelsUnavailable as error:
-        return error
+def _found() -> dict[str, Library | KernelsUnavailable]:
+    """What there was to find in this process, by what was wanted."""
+    return {}
 
 
-def _find(wanted: str) -> Library:
+def _find(wanted: str, progress: Callable[[], None]) -> Library:
     if wanted == "off":
         raise KernelsUnavailable(f"they are switched off by {VARIABLE}=off", f"unset {VARIABLE}")
     if wanted != "auto":
@@ -144,27 +166,37 @@ def _find(wanted: str) -> Library:
     folder = _cache_folder()
     if folder is not None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return _compile_into(folder, compiler)
+            _make_private(folder)
+            return _compile_into(folder, compiler, progress)
         except OSError as error:
             log.warning("the compiled CPU kernels cannot be kept, and are made anew at every start: %s", error)
+        except _DoesNotLoad as error:
+            log.warning("the compiled CPU kernels cannot be loaded from where they are kept: %s", error)
     try:
         with tempfile.TemporaryDirectory(prefix="edgekv-cpu-") as name:  # once it is loaded, nobody needs the file
-            return _compile_into(Path(name), compiler)
+            library = None if folder is None else _open_copy(folder / library_name(), Path(name))
+            return library or _compile_into(Path(name), compiler, progress)
     except OSError as error:
         raise KernelsUnavailable(f"they could not be compiled: {error}", "make room for temporary files") from None
+    except _DoesNotLoad as error:
+        raise KernelsUnavailable(str(error), _OTHER_COMPILER) from None
 
 
-def _compile_into(folder: Path, compiler: list[str]) -> Library:
-    """Raises KernelsUnavailable, and OSError where the folder cannot be written to."""
+def _compile_into(folder: Path, compiler: list[str], progress: Callable[[], None]) -> Library:
+    """Raises KernelsUnavailable, OSError where the folder cannot be written to, and _DoesNotLoad.
+
+    What was compiled before and does not load is not compiled again: it would not load either.
+    """
     path = folder / library_name()
-    with _locked(folder / "lock"):
+    with _locked(folder / "lock", progress):
         if (library := _open(path)) is not None:  # another process was quicker
             return library
+        if path.exists() and check_file(path) is None:
+            raise _DoesNotLoad(f"{path} does not load")
         log.info("compiling the CPU kernels (once, about %d s)", build_seconds())
         began = time.monotonic()
         try:
-            build(path, compiler)
+            build(path, compiler, progress=progress)
         except BuildFailed as error:
             log.debug("%s", error)
             reason = f"{compiler[0]} could not compile them: {error.summary}"
@@ -172,8 +204,20 @@ def _compile_into(folder: Path, compiler: list[str]) -> Library:
         log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - began, path)
         library = _open(path)
     if library is None:
-        raise KernelsUnavailable(f"what {compiler[0]} made of them does not load", _OTHER_COMPILER)
+        raise _DoesNotLoad(f"what {compiler[0]} made of them does not load from {folder}")
     return library
+
+
+def _open_copy(path: Path, folder: Path) -> Library | None:
+    """The library at `path` from another folder: the first may be of a file system from which no code is run."""
+    if not _is_private(path.parent) or not path.exists() or check_file(path) is not None:
+        return None
+    copy = folder / path.name
+    shutil.copy(path, copy)
+    try:
+        return Library(copy)
+    except OSError:
+        return None
 
 
 def _open(path: Path) -> Library | None:
@@ -190,7 +234,31 @@ def _open(path: Path) -> Library | None:
 def _ready_places() -> list[Path]:
     folder = _cache_folder()
     places = [_PREBUILT / library_name()]
-    return places if folder is None else [*places, folder / library_name()]
+    return places if folder is None or not _is_private(folder) else [*places, folder / library_name()]
+
+
+def _make_private(folder: Path) -> None:
+    """Raises OSError where others could put a library of theirs."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_private(folder):
+        raise OSError(f"others may write to {folder} or a folder above it")
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether only this user and the system's own decide what lies at this path, which anybody can know beforehand."""
+    with suppress(OSError):
+        real = folder.resolve(strict=True)
+        return all(_is_trusted(each.stat()) for each in (real, *real.parents))
+    return False
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    if status.st_uid not in (0, os.geteuid()):
+        return False
+    # Many systems give each user a group of their own, and it the right to write. In a sticky folder others can add
+    # files, and neither remove nor rename ours.
+    writable = status.st_mode & 0o002 or (status.st_mode & 0o020 and status.st_gid not in (0, os.getegid()))
+    return not writable or bool(status.st_mode & stat.S_ISVTX)
 
 
 def _cache_folder() -> Path | None:
@@ -204,8 +272,20 @@ def _cache_folder() -> Path | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    with path.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(path: Path, progress: Callable[[], None]) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it. `progress` is called during the wait."""
+    # Whatever lies there already is not followed elsewhere, and not emptied.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "rb+") as file:
+        while not _try_lock(file):
+            progress()
+            time.sleep(_POLL_SECONDS)
         yield
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

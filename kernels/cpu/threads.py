@@ -2,23 +2,40 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 SYSFS, PROC = Path("/sys"), Path("/proc")
+VARIABLE = "OMP_NUM_THREADS"
+MOST_THREADS = 1024  # that a pool takes
 _FEW = 4
 
 
 def default_threads(sysfs: Path = SYSFS, proc: Path = PROC) -> int:
-    """OMP_NUM_THREADS if it is set, else the physical cores that this process may use, one kept free of many.
+    """What `asked_threads` says, else the physical cores that this process may use, one kept free of many.
 
-    Two threads of one core would share its caches and arithmetic, and reading weights needs neither twice.
+    Two threads of one core would share its caches and arithmetic, and reading weights needs neither twice. What cannot
+    be asked for counts as nothing, as it does for OpenMP.
     """
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isascii() and asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    with suppress(ValueError):
+        if (asked := asked_threads()) is not None:
+            return asked
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = min(physical_cores(cpus, sysfs), processor_quota(sysfs, proc) or len(cpus))
-    return cores - 1 if cores > _FEW else max(cores, 1)
+    return min(cores - 1, MOST_THREADS) if cores > _FEW else max(cores, 1)
+
+
+def asked_threads() -> int | None:
+    """The first number of OMP_NUM_THREADS; None where it is not set. Raises ValueError, which says what it may be."""
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return None
+    first = text.split(",")[0].strip()
+    # Thousands of digits are more than int() takes.
+    if not (first.isascii() and first.isdigit() and len(first) < 10 and 1 <= int(first) <= MOST_THREADS):
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise ValueError(f"{VARIABLE}={shown} is ignored: it must be a whole number from 1 to {MOST_THREADS}")
+    return int(first)
 
 
 def physical_cores(cpus: Iterable[int], sysfs: Path = SYSFS) -> int:

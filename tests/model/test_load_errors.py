@@ -136,6 +136,8 @@ def test_an_empty_folder_says_what_is_needed(folder: Path) -> None:
     assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert "never loaded: convert them to safetensors" in refusal(folder)
+    (folder / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
+    assert f"A GGUF file lies there: give the file itself: {folder}/tiny-Q8_0.gguf" in refusal(folder)
 
 
 def test_code_named_by_auto_map_is_not_imported(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from edgekv.core.capacity import MIB
 from edgekv.engine.assemble import assemble
 from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.settings import EngineSettings, plan_engine
+from edgekv.kernels.cpu.formats import PanelFormat
 from edgekv.kernels.cpu.library import KernelsUnavailable, load_library
 from edgekv.model.hf_config import read_spec
 from edgekv.model.native_lm import NativeLM
@@ -25,8 +26,8 @@ CPU = Place("cpu", "cpu", "CPU", free_bytes=4 << 30)
 TOKENIZER = Path(edgekv.demo.__file__).parent / "draft"
 
 
-def make_plain(folder: Path, arch: str = "llama", **shape: Any) -> Path:
-    made = make_tiny(arch, folder / "plain", vocab_size=4096, dtype=torch.bfloat16, **SHAPE | shape)
+def make_plain(folder: Path, arch: str = "llama", dtype: torch.dtype = torch.bfloat16, **shape: Any) -> Path:
+    made = make_tiny(arch, folder / "plain", vocab_size=4096, dtype=dtype, **SHAPE | shape)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, made)
     return made
@@ -35,6 +36,7 @@ def make_plain(folder: Path, arch: str = "llama", **shape: Any) -> Path:
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "llama": make_plain,
     "odd": lambda folder: make_plain(folder, intermediate_size=264),
+    "float16": lambda folder: make_plain(folder, dtype=torch.float16),
     "gemma2": lambda folder: make_plain(folder, "gemma2", head_dim=32),
     "awq": lambda folder: quantise_folder(make_plain(folder), "awq", 64)[0],
     "gptq": lambda folder: quantise_folder(make_plain(folder), "gptq", -1)[0],
@@ -46,6 +48,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("odd", {"weight_format": "int8"}),
     ("odd", {"weight_format": "int4", "kv_dtype": "int8"}),
     ("awq", {"dtype": "float32", "kv_dtype": "float16"}),
+    ("float16", {"dtype": "float16"}),
 ]
 
 
@@ -74,3 +77,15 @@ def test_plan_ledger_and_memory_agree(kind: str, changes: dict[str, Any], tmp_pa
     assert model.lowered.weight_bytes == planned.weight_bytes == leased["weights"]
     assert pool.num_bytes == planned.kv.pool_bytes == leased["kv.target"]
     assert pool.num_tokens == planned.kv.pool_tokens == assembly.pool_tokens
+
+
+def test_float16_that_is_asked_for_is_float16_everywhere(tmp_path: Path) -> None:
+    settings = EngineSettings(
+        MAKERS["float16"](tmp_path), CPU, dtype="float16", kv_budget=MIB, max_step_tokens=64, native=True
+    )
+    core, assembly = assemble(settings, progress=lambda done, total, stage: None)
+    model = core.runner._model  # type: ignore[attr-defined]
+    matrices = [op.matrix for op in model.lowered.operations if op.matrix is not None]
+    assert {part.format for matrix in matrices for part in matrix.parts} == {PanelFormat.F16}
+    assert list(assembly.memory.weights.kinds) == ["f16", "f32"], "norms are float32"
+    assert (assembly.memory.kv_dtype, assembly.dtype.reason) == ("float16", "as configured")

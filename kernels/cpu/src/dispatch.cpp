@@ -149,11 +149,14 @@ EK_EXPORT int32_t ek_linear_run(void* pool, const ek_linear* linear) {
   return ek_pool_each((ek_pool*)pool, self.items, item, &self);
 }
 
-// The batch's k and v into the cache, its q over the cache, or one after the other.
+// The batch's k and v into the cache, its q over the cache, or one after the other. What only the other one
+// needs may be null.
 EK_EXPORT int32_t ek_attend_run(void* pool, const ek_attend* attend, int32_t append, int32_t attends) {
   if (pool == nullptr) return EK_ERROR_NULL;
   const int32_t error = ek_attend_check(attend);
   if (error) return error;
+  if (append && (attend->k == nullptr || attend->v == nullptr)) return EK_ERROR_NULL;
+  if (attends && (attend->q == nullptr || attend->out == nullptr || attend->shared == nullptr)) return EK_ERROR_NULL;
   job self = {ek_pool_tier((ek_pool*)pool), nullptr, attend, 0, 0};
   const int32_t threads = ek_pool_size((ek_pool*)pool);
   int32_t answer = EK_OK;

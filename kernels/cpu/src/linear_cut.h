@@ -11,6 +11,8 @@ enum {
   // An item's scratch: its sums, and what pays for offsets (int_tokens.start).
   SUMS_BYTES = 512 << 10,
   STARTS_BYTES = 1024 << 10,
+  SUMS_PANEL = 4 * EK_PANEL,  // bytes of a token
+  STARTS_GROUP = 8,           // at most: EK_Q6K has two
 
   // Up to so many tokens, what takes time is mostly to read weights: an item is about as many of them as are read in
   // the time in which a hundred items are claimed, and tiles go through chunks of 4 to 9 KiB a panel, so that memory
@@ -26,6 +28,11 @@ enum {
   LINEAR_PANELS = 8,
   LINEAR_BLOCK = 2048,
 };
+
+// Of so many tokens there is room for the sums of two panels, and for what pays for the offsets of a block.
+static_assert(LINEAR_FEW <= LINEAR_MANY && LINEAR_MANY * 2 * SUMS_PANEL <= SUMS_BYTES, "sums");
+static_assert(LINEAR_MANY * (LINEAR_BLOCK / EK_GROUP) * STARTS_GROUP <= STARTS_BYTES, "starts");
+static_assert(SUMS_BYTES + STARTS_BYTES <= EK_SCRATCH, "scratch");
 
 // An item is some panels of one part times some tokens. Its columns are done block by block, in a block its panels one
 // or two at a time, of these the block's columns chunk by chunk, each for all tokens.
@@ -70,10 +77,9 @@ static cut cut_part(const ek_linear* linear, const ek_matrix* part) {
   const int64_t tokens = linear->tokens;
   c.panels = pieces(part->rows, EK_PANEL);
   if (tokens <= LINEAR_FEW) {
-    const int64_t starts = 8 * pieces(part->cols, EK_GROUP);  // bytes of a token, at most
-    c.item_tokens = least(tokens, most(1, STARTS_BYTES / starts));
-    c.item_panels = ITEM_BYTES / ek_panel_bytes(part);
-    c.block_cols = part->cols;
+    c.block_cols = least(part->cols, STARTS_BYTES / STARTS_GROUP * EK_GROUP);
+    c.item_tokens = least(tokens, STARTS_BYTES / (STARTS_GROUP * pieces(c.block_cols, EK_GROUP)));
+    c.item_panels = most(1, ITEM_BYTES / ek_panel_bytes(part));
     c.chunk_cols = is_float(part) ? FLOAT_CHUNK_COLS : INT_CHUNK_COLS;
   } else {
     c.item_tokens = pieces(tokens, pieces(tokens, LINEAR_MANY));
@@ -82,8 +88,9 @@ static cut cut_part(const ek_linear* linear, const ek_matrix* part) {
   }
   const tiling tiles = tile_tokens(part, c.item_tokens);
   if (tiles.panels == 1 && tiles.rounds == 1) c.chunk_cols = c.block_cols;
-  c.item_panels = most(1, least(c.item_panels, SUMS_BYTES / (4 * EK_PANEL * c.item_tokens)));
-  if (tiles.panels == 2 || is_gated(linear)) c.item_panels = 2 * pieces(c.item_panels, 2);
+  // In pairs where tiles or gates want two: rounded before they are cut to what has room, and that to whole pairs.
+  const int64_t step = tiles.panels == 2 || is_gated(linear) ? 2 : 1;
+  c.item_panels = step * least(pieces(c.item_panels, step), SUMS_BYTES / (SUMS_PANEL * c.item_tokens) / step);
   c.row_items = pieces(c.panels, c.item_panels);
   c.token_items = pieces(tokens, c.item_tokens);
   return c;

@@ -68,13 +68,15 @@ void pack_item(void* context, int64_t item, void*) {
 // Row i of `raw` becomes row dest_rows[i] of `out`, whose memory is there and holds zeros (what is padded stays so).
 EK_EXPORT int32_t ek_pack(void* pool, int32_t encoding, int32_t group, const void* raw, int64_t row_bytes, int64_t rows,
                           const int64_t* dest_rows, ek_matrix* out) {
-  if (pool == nullptr || out == nullptr || out->data == nullptr) return EK_ERROR_NULL;
+  if (pool == nullptr || out == nullptr) return EK_ERROR_NULL;
   if (rows > 0 && (raw == nullptr || dest_rows == nullptr)) return EK_ERROR_NULL;
+  const int32_t error = ek_matrix_check(out);
+  if (error) return error;
   const ek_stored stored = ek_stored_as(encoding, group);
   if (stored.format < 0 || stored.format != out->format || (stored.format == EK_Q4Z && group != out->group)) {
     return EK_ERROR_KIND;
   }
-  if (rows < 0 || out->rows < 1 || out->cols < 1 || out->cols % stored.block_cols) return EK_ERROR_SHAPE;
+  if (rows < 0 || out->cols % stored.block_cols) return EK_ERROR_SHAPE;
   if (row_bytes < (int64_t)out->cols / stored.block_cols * stored.block_bytes) return EK_ERROR_SHAPE;
   for (int64_t i = 0; i < rows; i++) {
     if (dest_rows[i] < 0 || dest_rows[i] >= out->rows) return EK_ERROR_SHAPE;
@@ -103,12 +105,11 @@ void lookup_item(void* context, int64_t item, void*) {
 // out[i] = row rows[i], in float32.
 EK_EXPORT int32_t ek_matrix_rows(void* pool, const ek_matrix* matrix, const int64_t* rows, int64_t count, float* out,
                                  int64_t stride) {
-  if (pool == nullptr || matrix == nullptr || matrix->data == nullptr) return EK_ERROR_NULL;
+  if (pool == nullptr || matrix == nullptr) return EK_ERROR_NULL;
   if (count > 0 && (rows == nullptr || out == nullptr)) return EK_ERROR_NULL;
-  if (matrix->format < EK_F32 || matrix->format > EK_Q8M) return EK_ERROR_KIND;
-  if (count < 0 || matrix->cols < 1 || matrix->cols % ek_unit_of(matrix).cols > (matrix->format == EK_BF16)) {
-    return EK_ERROR_SHAPE;
-  }
+  const int32_t error = ek_matrix_check(matrix);
+  if (error) return error;
+  if (count < 0) return EK_ERROR_SHAPE;
   for (int64_t i = 0; i < count; i++) {
     if (rows[i] < 0 || rows[i] >= matrix->rows) return EK_ERROR_SHAPE;
   }

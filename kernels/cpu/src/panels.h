@@ -39,6 +39,16 @@ static inline ek_unit ek_unit_of(const ek_matrix* matrix) {
   }
 }
 
+// EK_OK, or what is wrong with a matrix. Asked before its panels are: a group of none would be divided by.
+static inline int32_t ek_matrix_check(const ek_matrix* matrix) {
+  if (matrix->data == nullptr) return EK_ERROR_NULL;
+  if (matrix->format < EK_F32 || matrix->format > EK_Q8M) return EK_ERROR_KIND;
+  const int32_t group = matrix->group;
+  const bool fits = matrix->format == EK_Q4Z ? group == 32 || group == 64 || group == 128 : group == 0;
+  if (!fits || matrix->rows < 1 || matrix->cols < 1) return EK_ERROR_SHAPE;
+  return matrix->format != EK_BF16 && matrix->cols % ek_unit_of(matrix).cols ? EK_ERROR_SHAPE : EK_OK;
+}
+
 static inline int64_t ek_panel_bytes(const ek_matrix* matrix) {
   const ek_unit unit = ek_unit_of(matrix);
   return (matrix->cols + unit.cols - 1) / unit.cols * unit.bytes;

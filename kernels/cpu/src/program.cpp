@@ -2,6 +2,7 @@
 
 #include <time.h>
 
+#include "panels.h"
 #include "stripes.h"
 
 namespace {
@@ -170,12 +171,6 @@ int32_t next_phase(void* context, ek_phase* phase) {
   return 1;
 }
 
-int32_t check_matrix(const ek_matrix* matrix) {
-  if (matrix->data == nullptr) return EK_ERROR_NULL;
-  if (matrix->format < EK_F32 || matrix->format > EK_Q8M) return EK_ERROR_KIND;
-  return matrix->rows < 1 || matrix->cols < 1 ? EK_ERROR_SHAPE : EK_OK;
-}
-
 int32_t check_forms(const ek_acts* acts, int32_t forms) {
   if ((forms & EK_FORM_F32) && acts->f32 == nullptr) return EK_ERROR_NULL;
   if ((forms & EK_FORM_BF16) && acts->bf16 == nullptr) return EK_ERROR_NULL;
@@ -193,7 +188,7 @@ int32_t check_parts(const ek_matrix* parts, int32_t num_parts, int32_t epilogue,
   if (num_parts < 1) return EK_ERROR_SHAPE;
   if (epilogue < EK_STORE || epilogue > EK_GELU_MUL) return EK_ERROR_KIND;
   for (int32_t i = 0; i < num_parts; i++) {
-    const int32_t error = check_matrix(&parts[i]);
+    const int32_t error = ek_matrix_check(&parts[i]);
     if (error) return error;
     if (parts[i].cols != parts[0].cols) return EK_ERROR_SHAPE;
     if (check_forms(acts, form_of(parts[i].format))) return EK_ERROR_NULL;
@@ -211,10 +206,11 @@ int32_t check_op(const ek_program* program, const ek_op* op, const ek_step* step
   if ((reads && step->buffers[op->src].data == nullptr) || (writes && step->buffers[op->dst].data == nullptr)) {
     return EK_ERROR_NULL;
   }
+  if (op->kind == EK_OP_NORM && op->dst >= 0 && step->buffers[op->dst].data == nullptr) return EK_ERROR_NULL;
   switch (op->kind) {
     case EK_OP_EMBED: {
       if (op->parts == nullptr) return EK_ERROR_NULL;
-      const int32_t error = check_matrix(op->parts);
+      const int32_t error = ek_matrix_check(op->parts);
       if (error) return error;
       for (int64_t i = 0; i < step->batch->tokens; i++) {
         const int64_t token = step->batch->token_ids[i];
@@ -224,7 +220,7 @@ int32_t check_op(const ek_program* program, const ek_op* op, const ek_step* step
     }
     case EK_OP_ROPE_TABLE:
       if (op->weight == nullptr || step->rope_tables == nullptr) return EK_ERROR_NULL;
-      return op->rope < 0 || 2 * op->width > program->head_dim ? EK_ERROR_SHAPE : EK_OK;
+      return op->rope < 0 || op->width > program->head_dim / 2 ? EK_ERROR_SHAPE : EK_OK;
     case EK_OP_NORM:
       if ((int64_t)op->width * (int64_t)sizeof(float) > EK_SCRATCH) return EK_ERROR_SHAPE;
       return check_forms(&step->prepared, op->forms);
@@ -233,6 +229,7 @@ int32_t check_op(const ek_program* program, const ek_op* op, const ek_step* step
     case EK_OP_ROPE_APPEND:
     case EK_OP_ATTEND:
       if (op->kind == EK_OP_ROPE_APPEND && op->rope >= 0 && step->rope_tables == nullptr) return EK_ERROR_NULL;
+      if (op->kind == EK_OP_ATTEND && step->attend_shared == nullptr) return EK_ERROR_NULL;
       if (step->cache == nullptr) return EK_ERROR_NULL;
       if (step->cache->kv_heads != program->kv_heads || step->cache->head_dim != program->head_dim) return EK_ERROR_SHAPE;
       return op->layer < 0 || op->layer >= step->cache->num_layers ? EK_ERROR_SHAPE : EK_OK;
@@ -246,8 +243,9 @@ int32_t check_op(const ek_program* program, const ek_op* op, const ek_step* step
 int32_t check_cache(const ek_cache* cache) {
   if (cache->segments == nullptr && cache->num_segments) return EK_ERROR_NULL;
   if (cache->format < EK_KV_F32 || cache->format > EK_KV_INT8) return EK_ERROR_KIND;
-  const bool odd = cache->block_size < 16 || cache->block_size % 16 || cache->head_dim < 16 || cache->head_dim % 16;
-  return odd || cache->head_dim > MOST_HEAD_DIM || cache->kv_heads < 1 || cache->segment_shift < 0 || cache->segment_shift > 31 ? EK_ERROR_SHAPE : EK_OK;
+  if (cache->block_size < 16 || cache->block_size % 16 || cache->kv_heads < 1) return EK_ERROR_SHAPE;
+  if (cache->head_dim < 16 || cache->head_dim % 16 || cache->head_dim > MOST_HEAD_DIM) return EK_ERROR_SHAPE;
+  return cache->segment_shift < 0 || cache->segment_shift > 31 ? EK_ERROR_SHAPE : EK_OK;
 }
 
 // Every block that is read or written lies in a segment, so that a wrong table is an error and not a crash.
@@ -261,6 +259,9 @@ int32_t check_table(const int64_t* blocks, int64_t count, const ek_cache* cache)
 }
 
 int32_t check_spans(const ek_batch* batch, const ek_cache* cache) {
+  const bool has_spans = batch->starts != nullptr && batch->lengths != nullptr && batch->first_rows != nullptr;
+  const bool has_tables = batch->blocks != nullptr && batch->table_starts != nullptr;
+  if (batch->spans > 0 && !(has_spans && has_tables)) return EK_ERROR_NULL;
   int64_t rows = 0;
   for (int64_t span = 0; span < batch->spans; span++) {
     const int64_t start = batch->starts[span], length = batch->lengths[span];
@@ -289,8 +290,9 @@ int32_t check_batch(const ek_batch* batch) {
 int32_t check(const ek_program* program, const ek_step* step) {
   if (program == nullptr || step == nullptr || step->batch == nullptr || step->buffers == nullptr) return EK_ERROR_NULL;
   if (program->num_ops < 0 || (program->num_ops && program->ops == nullptr)) return EK_ERROR_NULL;
-  const bool odd = program->heads < 1 || program->kv_heads < 1 || program->heads % program->kv_heads;
-  if (odd || program->head_dim < 2 || program->rope_dim % 2 || program->rope_dim > program->head_dim) return EK_ERROR_SHAPE;
+  if (program->heads < 1 || program->kv_heads < 1 || program->heads % program->kv_heads) return EK_ERROR_SHAPE;
+  if (program->head_dim < 2 || program->rope_dim < 0 || program->rope_dim % 2) return EK_ERROR_SHAPE;
+  if (program->rope_dim > program->head_dim) return EK_ERROR_SHAPE;
   int32_t error = check_batch(step->batch);
   if (!error && step->cache != nullptr) error = check_cache(step->cache);
   if (!error && step->cache != nullptr) error = check_spans(step->batch, step->cache);

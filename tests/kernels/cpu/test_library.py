@@ -5,21 +5,33 @@ can be counted and made to fail.
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edgekv.kernels.cpu import build as build_module
-from edgekv.kernels.cpu.build import BuildFailed, build, check_file, library_name, source_hash
+from edgekv.kernels.cpu.build import (
+    SOURCES,
+    BuildFailed,
+    build,
+    check_file,
+    find_compiler,
+    library_name,
+    source_hash,
+)
 from edgekv.kernels.cpu.library import VARIABLE
 from tests.kernels.cpu import compiler
 from tests.kernels.cpu.room import library
@@ -36,6 +48,28 @@ except KernelsUnavailable as error:
     answer |= {"reason": error.reason, "remedy": error.remedy}
 answer["for certain"] = available(compile=True)
 print(json.dumps(answer))
+"""
+
+# Says "called" every time; stops when it is told to, and tries again when it is told that.
+STOP = """
+import select, sys
+from edgekv.kernels.cpu.library import load_library
+
+class Stopped(BaseException):
+    pass
+
+def progress():
+    print("called", flush=True)
+    if select.select([sys.stdin], [], [], 0)[0]:
+        sys.stdin.readline()
+        raise Stopped
+
+try:
+    load_library(progress)
+except Stopped:
+    print("stopped", flush=True)
+    sys.stdin.readline()
+    print(load_library().path)
 """
 
 
@@ -61,14 +95,15 @@ class User:
     def install_compiler(self, link: str = "", compile: str = "") -> None:
         compiler.install(self.home / "bin", link=link, compile=compile)
 
-    def start(self) -> "subprocess.Popen[str]":
+    def start(self, program: str = ASK) -> "subprocess.Popen[str]":
         kept = {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
         folders = {"PATH": "bin", "XDG_CACHE_HOME": "cache", "TMPDIR": "tmp"}
         variables = {name: str(self.home / folder) for name, folder in folders.items()}
         return subprocess.Popen(
-            [sys.executable, "-c", ASK],
+            [sys.executable, "-c", program],
             env=kept | variables | self.variables,
             cwd=Path(__file__).parents[3],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -83,6 +118,19 @@ def told(process: "subprocess.Popen[str]") -> tuple[dict[str, Any], str]:
     output, logged = process.communicate(timeout=60)
     assert process.returncode == 0, logged
     return json.loads(output), logged
+
+
+def stop(process: "subprocess.Popen[str]") -> None:
+    """Tell STOP to, and see that it does so soon."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    patience = threading.Timer(15, process.kill)
+    patience.start()
+    process.stdin.write("stop\n")
+    process.stdin.flush()
+    assert "stopped\n" in iter(process.stdout.readline, "")
+    patience.cancel()
+    patience.join()
 
 
 @pytest.fixture
@@ -157,6 +205,55 @@ def test_two_first_processes_compile_once(user: User) -> None:
     assert user.compilations == 1
 
 
+def test_a_stop_ends_the_compilers_leaves_nothing_and_spoils_nothing(user: User) -> None:
+    started = user.home / "started"
+    # What a compiler starts itself, as g++ does, must end too.
+    user.install_compiler(compile=f': > "$TMPDIR/half.s"; sleep 60 & echo $! >> {started}; wait')
+    process = user.start(STOP)
+    while not (started.exists() and started.read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    compiling = [int(line) for line in started.read_text().split()]
+    # Ctrl-C in a terminal is for all processes of the group: it must not reach them.
+    assert all(os.getpgid(pid) != os.getpgid(process.pid) for pid in compiling)
+    stop(process)
+    assert not [pid for pid in compiling if is_running(pid)]
+    assert [path.name for path in user.cached.parent.iterdir()] == ["lock"]
+    assert not list((user.home / "tmp").iterdir())
+    user.install_compiler()
+    output, logged = process.communicate("go on\n", timeout=60)
+    assert (output, logged) == (f"{user.cached}\n", "")
+    assert user.compilations == 1
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_progress_is_called_several_times_a_second_while_it_is_compiled(user: User) -> None:
+    user.install_compiler(link="sleep 1")
+    process = user.start(STOP)
+    assert process.stdout is not None
+    called_at = [time.monotonic() for _ in process.stdout]
+    process.communicate()
+    assert len([at for at in called_at if at > called_at[-1] - 0.9]) >= 5
+
+
+def test_the_wait_for_another_process_that_compiles_can_be_stopped(user: User) -> None:
+    user.install_compiler()
+    user.cached.parent.mkdir(parents=True)
+    with (user.cached.parent / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = user.start(STOP)
+        stop(process)
+        assert user.compilations == 0
+    output, _ = process.communicate("go on\n", timeout=60)
+    assert output == f"{user.cached}\n"
+
+
 def test_where_the_cache_cannot_be_written_every_process_compiles(user: User) -> None:
     user.install_compiler()
     user.cache.write_text("no folder")
@@ -166,6 +263,71 @@ def test_where_the_cache_cannot_be_written_every_process_compiles(user: User) ->
     assert "cannot be kept" in logged
     user.ask()
     assert user.compilations == 2
+
+
+NO_CODE = """
+import ctypes
+real = ctypes.CDLL
+def CDLL(path):
+    if path.startswith({cache!r}):
+        raise OSError(path + ": failed to map segment from shared object: Operation not permitted")
+    return real(path)
+ctypes.CDLL = CDLL
+"""
+
+
+def test_from_a_file_system_without_code_a_copy_is_loaded_and_nothing_compiled_again(user: User) -> None:
+    user.install_compiler()
+    program = NO_CODE.format(cache=str(user.cache)) + ASK
+    for _ in range(2):
+        answer, logged = told(user.start(program))
+        assert answer["tiers"]
+        assert not Path(answer["path"]).exists()
+        assert "Operation not permitted" in logged
+        assert user.compilations == 1
+    assert check_file(user.cached) is None
+
+
+@pytest.mark.parametrize("which", ["edgekv", "edgekv/cpu", "the folder itself"])
+def test_a_library_that_others_could_have_put_there_is_not_loaded(user: User, which: str) -> None:
+    user.install_compiler()
+    user.ask()
+    folder = user.cached.parent if which == "the folder itself" else user.cache / which
+    folder.chmod(0o777)
+    answer, logged = user.ask()
+    assert not answer["ready"]
+    assert not answer["path"].startswith(str(user.cache))
+    assert "others may write to" in logged
+    folder.chmod(0o1777)  # as /tmp: they cannot replace what is there
+    assert user.ask()[0]["path"] == str(user.cached)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_folder_of_another_user_is_not_trusted(user: User) -> None:
+    user.install_compiler()
+    user.ask()
+    os.chown(user.cached.parent, 12345, 12345)
+    answer, logged = user.ask()
+    assert not answer["path"].startswith(str(user.cache))
+    assert "others may write to" in logged
+
+
+def test_the_cache_is_made_for_one_user_alone_and_a_link_in_it_is_not_followed(user: User) -> None:
+    user.install_compiler()
+    os.umask(0o002)
+    try:
+        user.ask()
+    finally:
+        os.umask(0o022)
+    assert user.cached.parent.stat().st_mode & 0o777 == 0o700
+    user.cached.unlink()
+    precious = user.home / "precious"
+    precious.write_text("letters")
+    (user.cached.parent / "lock").unlink()
+    (user.cached.parent / "lock").symlink_to(precious)
+    answer, _ = user.ask()
+    assert precious.read_text() == "letters"
+    assert answer["tiers"]
 
 
 def test_a_home_that_cannot_be_found_is_no_reason_to_fail(user: User) -> None:
@@ -280,6 +442,22 @@ def test_every_tier_of_this_processor_was_compiled() -> None:
     if "asimddp" in flags:
         wanted.insert(0, "neon")
     assert list(library().tiers) == wanted
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is about that machine's registers")
+def test_registers_that_the_system_does_not_save_are_not_used(tmp_path: Path) -> None:
+    found = find_compiler()
+    if found is None or "avx2" not in library().tiers:
+        pytest.skip("needs a compiler and avx2")
+    source, program = Path(__file__).parent / "csrc" / "tier_cases.cpp", tmp_path / "cases"
+    # What the rest of dispatch.cpp asks for is not there, and neither is the rest.
+    flags = ("-std=c++17", "-O1", f"-I{SOURCES}", "-ffunction-sections", "-Wl,--gc-sections")
+    subprocess.run([*found, *flags, str(source), "-o", str(program)], check=True)
+    ymm, zmm = 0b110, 0b1110_0110  # and what they consist of
+    saved = [0xFF, 0xE7, 0xE6, *(0xFF ^ 1 << bit for bit in (1, 2, 5, 6, 7)), 0x1F, 0]
+    told = subprocess.run([program, *map(hex, saved)], capture_output=True, text=True, check=True).stdout
+    has_avx512 = "avx512" in library().tiers
+    assert told.splitlines() == [f"{mask & ymm == ymm:d} {has_avx512 and mask & zmm == zmm:d}" for mask in saved]
 
 
 def test_names_of_tiers_that_do_not_fit_are_cut() -> None:

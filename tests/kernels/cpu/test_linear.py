@@ -1,11 +1,15 @@
 """Linear layers in every format, against float64 on the exact weights, on every tier and on one and two threads."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgekv.kernels.cpu.abi import Epilogue
+from edgekv.kernels.cpu.build import SOURCES, find_compiler
 from edgekv.kernels.cpu.formats import PanelFormat, panel_format
 from edgekv.kernels.cpu.library import load_library
 from edgekv.kernels.quant.encodings import ENCODINGS
@@ -79,6 +83,40 @@ def test_many_columns_and_tokens(name: str, tokens: int) -> None:
     rng = np.random.default_rng(tokens)
     weight = random_weight(name, 150, 2560, rng)
     check(pool(TIERS[0], 2), Layer((weight,)), Activations(draw(rng, tokens, 2560)), draw(rng, tokens, 150))
+
+
+@pytest.mark.parametrize("registers", [1, 8, 32])
+def test_items_find_room_in_their_scratch(tmp_path: Path, registers: int) -> None:
+    compiler = find_compiler()
+    if compiler is None:
+        pytest.skip("there is no compiler")
+    source, program = Path(__file__).parent / "csrc" / "cut_cases.cpp", tmp_path / "cases"
+    flags = ("-std=c++17", "-O1", f"-I{SOURCES}", f"-DTESTED_REGISTERS={registers}")
+    subprocess.run([*compiler, *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.SILU_MUL])
+@pytest.mark.parametrize(
+    ("name", "cols", "rows", "tokens"),
+    [("q4_0", 32, 7296, 18), ("q4_0", 64, 3648, 36), ("q8_0", 32, 3648, 36), ("affine4_32", 64, 3456, 38)],
+)
+def test_items_of_so_many_panels_that_their_sums_fill_the_scratch(
+    handle: int, name: str, cols: int, rows: int, tokens: int, epilogue: Epilogue
+) -> None:
+    """Each time there is room for an odd number of panels, and they go in pairs."""
+    rng = np.random.default_rng(0)
+    counts = (rows // 2, rows // 2) if epilogue in GATED else (rows,)
+    layer = Layer(tuple(random_weight(name, count, cols, rng) for count in counts), epilogue)
+    check(handle, layer, Activations(draw(rng, tokens, cols)), draw(rng, tokens, counts[0]))
+
+
+def test_so_many_columns_that_tokens_are_dealt_out(handle: int) -> None:
+    """What pays for the offsets of 48 tokens would be more than there is room for."""
+    rng, cols = np.random.default_rng(0), 342 * 256
+    layer = Layer((random_weight("q6_K", 1, cols, rng),))
+    check(handle, layer, Activations(draw(rng, 48, cols)), draw(rng, 48, 1))
 
 
 @pytest.mark.parametrize("cols", [1, 7, 33, 1025])

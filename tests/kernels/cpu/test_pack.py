@@ -133,10 +133,17 @@ def test_groups_of_another_size_are_refused() -> None:
     assert pack_error(encoding, Packed.empty(PanelFormat.Q4Z, 40, 256, 64), group=48) is Error.KIND
 
 
-def test_columns_that_are_no_whole_blocks_are_refused() -> None:
-    packed = Packed.empty(PanelFormat.Q4K, 16, 256, 0)
-    packed.matrix.cols = 255
-    assert pack_error(Q4_K, packed, row_bytes=1000) is Error.SHAPE
+@pytest.mark.parametrize(("encoding", "cols"), [(Q4_K, 255), (ENCODINGS["iq4_xs"], 224)])
+def test_columns_that_are_no_whole_blocks_are_refused(encoding: Encoding, cols: int) -> None:
+    packed = Packed.empty(panel_format(encoding), 16, 256, 0)
+    packed.matrix.cols = cols
+    assert pack_error(encoding, packed, row_bytes=1000) is Error.SHAPE
+
+
+def test_what_has_no_groups_is_not_packed_into_any() -> None:
+    packed = Packed.empty(PanelFormat.Q4, 40, 256, 0)
+    packed.matrix.group = 32
+    assert pack_error(Q4_0, packed) is Error.SHAPE
 
 
 @pytest.mark.parametrize("row", [-1, 16, 1 << 40])
@@ -151,10 +158,23 @@ def test_a_row_that_there_is_not_is_refused(row: int) -> None:
     assert np.isnan(out).all()
 
 
-@pytest.mark.parametrize(("field", "value", "error"), [("format", 11, Error.KIND), ("cols", 100, Error.SHAPE)])
-def test_rows_of_an_impossible_matrix_are_refused(field: str, value: int, error: Error) -> None:
+@pytest.mark.parametrize(
+    ("name", "field", "value", "error"),
+    [
+        ("q4_K", "data", None, Error.NULL),
+        ("q4_K", "format", 11, Error.KIND),
+        ("q4_K", "format", -1, Error.KIND),
+        ("q4_K", "rows", 0, Error.SHAPE),
+        ("q4_K", "cols", 0, Error.SHAPE),
+        ("q4_K", "cols", 100, Error.SHAPE),
+        ("q4_K", "group", 32, Error.SHAPE),
+        ("affine4_128", "cols", 192, Error.SHAPE),
+        *(("affine4_128", "group", group, Error.SHAPE) for group in (0, 1, 16, 96, 256, -32)),
+    ],
+)
+def test_rows_of_an_impossible_matrix_are_refused(name: str, field: str, value: int | None, error: Error) -> None:
     handle = pool(TIERS[0], 1)
-    packed = random_weight("q4_K", 16, 256, np.random.default_rng(0)).pack(handle)
+    packed = random_weight(name, 16, 256, np.random.default_rng(0)).pack(handle)
     matrix = abi.Matrix.from_buffer_copy(packed.matrix)
     setattr(matrix, field, value)
     rows, out = np.zeros(1, np.int64), np.zeros(512, np.float32)

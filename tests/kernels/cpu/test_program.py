@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from edgekv.kernels.cpu import abi
 from edgekv.kernels.cpu.abi import Error, Form, OpKind
+from edgekv.kernels.cpu.formats import PanelFormat, panel_bytes
 from edgekv.kernels.cpu.program import KernelError, Pool
-from edgekv.kernels.cpu.threads import default_threads, physical_cores, processor_quota
+from edgekv.kernels.cpu.threads import MOST_THREADS, asked_threads, default_threads, physical_cores, processor_quota
 from tests.kernels.cpu.room import Room, f32_matrix, library, pool
 
 
@@ -120,6 +121,16 @@ WRONG: dict[str, tuple[Error, Callable[[Room, abi.Op], object]]] = {
     "an odd block size": (Error.SHAPE, lambda room, op: setattr(cache_of(room), "block_size", 24)),
     "no such format": (Error.KIND, lambda room, op: setattr(cache_of(room), "format", 4)),
     "no table of rotations": (Error.NULL, lambda room, op: setattr(room.step, "rope_tables", None)),
+    "a negative shift": (Error.SHAPE, lambda room, op: setattr(cache_of(room), "segment_shift", -1)),
+    "a shift of more than a number has": (Error.SHAPE, lambda room, op: setattr(cache_of(room), "segment_shift", 32)),
+    "half a pair to turn": (Error.SHAPE, lambda room, op: setattr(room.program, "rope_dim", 15)),
+    "more to turn than a head has": (Error.SHAPE, lambda room, op: setattr(room.program, "rope_dim", 18)),
+    "less than nothing to turn": (Error.SHAPE, lambda room, op: setattr(room.program, "rope_dim", -2)),
+    "no starts": (Error.NULL, lambda room, op: setattr(room.batch, "starts", None)),
+    "no lengths": (Error.NULL, lambda room, op: setattr(room.batch, "lengths", None)),
+    "no first rows": (Error.NULL, lambda room, op: setattr(room.batch, "first_rows", None)),
+    "no blocks": (Error.NULL, lambda room, op: setattr(room.batch, "blocks", None)),
+    "no starts of tables": (Error.NULL, lambda room, op: setattr(room.batch, "table_starts", None)),
 }
 
 
@@ -147,14 +158,114 @@ def test_contradictions_are_refused_before_anything_is_done(wrong: str) -> None:
     assert (room.rows(0) == 1).all()
 
 
-def test_the_same_without_a_contradiction_runs() -> None:
+@pytest.mark.parametrize(("shift", "rope_dim"), [(2, 16), (31, 16), (2, 0)])
+def test_the_same_without_a_contradiction_runs(shift: int, rope_dim: int) -> None:
     width = (4 + 2 * 2) * 16
-    room = Room([width], 20, samples=[3], heads=4, kv_heads=2)
-    with_cache(room, num_blocks=3)
+    room = Room([width], 20, samples=[3], heads=4, kv_heads=2, rope_dim=rope_dim)
+    with_cache(room, num_blocks=3).segment_shift = shift
     room.rows(0).fill_(1.0)
     room.tables.zero_()
     pool(1).run(program_of(room, room.op(OpKind.ROPE_APPEND, src=0, width=width)), room.step)
-    assert (room.rows(0).view(20, -1, 16)[:, :6] == 0).all()
+    assert (room.rows(0).view(20, -1, 16)[:, :6] == (1 if rope_dim == 0 else 0)).all()
+
+
+def refusal(room: Room, op: abi.Op) -> Error:
+    with pytest.raises(KernelError) as caught:
+        pool(1).run_op(room.program, op, room.step)
+    return caught.value.error
+
+
+def test_a_norm_that_nobody_keeps_finds_room_in_the_scratch_or_is_refused() -> None:
+    width = abi.SCRATCH_BYTES // 4
+    room = Room([width + 1], 1)
+    room.rows(0).fill_(3.0)
+    op = room.op(OpKind.NORM, src=0, width=width, forms=int(Form.F32))
+    pool(1).run_op(room.program, op, room.step)
+    assert (room.f32[0, :width] == 1).all()
+    op.width = width + 1
+    assert refusal(room, op) is Error.SHAPE
+
+
+def test_a_norm_without_memory_to_go_to_is_refused() -> None:
+    room = Room([16], 1)
+    buffers = (abi.Buffer * 2)(abi.Buffer(room.memory[0].data_ptr(), 16), abi.Buffer(None, 16))
+    room.step.buffers = ctypes.addressof(buffers)
+    assert refusal(room, room.op(OpKind.NORM, src=0, dst=1, width=16)) is Error.NULL
+
+
+@pytest.mark.parametrize(("width", "rope"), [(9, 1), (8, -1), (1 << 30, 0)])
+def test_a_table_of_rotations_has_a_place_and_as_many_as_heads_have_pairs(width: int, rope: int) -> None:
+    room = Room([16], 1, head_dim=16, ropes=3)
+    op = room.op(OpKind.ROPE_TABLE, width=width, rope=rope, weight=torch.ones(16))
+    assert refusal(room, op) is Error.SHAPE
+    assert room.tables.isnan().all()
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_an_embedding_is_as_wide_as_its_rows(width: int) -> None:
+    room = Room([64], 1)
+    parts, panels = f32_matrix(torch.ones(16, 48))
+    room.kept.append(panels)
+    assert refusal(room, room.op(OpKind.EMBED, dst=0, width=width, parts=parts)) is Error.SHAPE
+    assert room.memory[0].isnan().all()
+
+
+@pytest.mark.parametrize(("dst", "of_samples"), [(1, 0), (0, 1)])
+def test_rows_are_gathered_for_samples_and_to_elsewhere(dst: int, of_samples: int) -> None:
+    room = Room([8, 8], 3, samples=[2, 0, 1])
+    op = room.op(OpKind.GATHER, src=0, dst=dst, width=8, of_samples=of_samples)
+    assert refusal(room, op) is Error.SHAPE
+
+
+def test_attention_needs_the_memory_that_threads_share() -> None:
+    room = Room([48, 16], 20)
+    with_cache(room)
+    assert refusal(room, room.op(OpKind.ATTEND, src=0, dst=1, width=48)) is Error.NULL
+
+
+NEEDED = {"append": ("k", "v"), "attends": ("q", "out", "shared")}
+
+
+@pytest.mark.parametrize("half", NEEDED)
+def test_appending_and_attending_need_what_is_theirs(half: str) -> None:
+    room = Room([16, 16, 16, 16], 20)
+    cache = with_cache(room)
+    pointers = {name: room.rows(i).fill_(1.0).data_ptr() for i, name in enumerate(("q", "k", "v", "out"))}
+    strides = {f"{name}_stride": room.rows(0).stride(0) for name in pointers}
+    attend = abi.Attend(
+        cache=ctypes.addressof(cache), batch=ctypes.addressof(room.batch), heads=1, scale=1.0, **pointers, **strides
+    )
+    shared = torch.zeros(pool(1).attend_shared_bytes(attend), dtype=torch.uint8)
+    attend.shared = shared.data_ptr()
+    only = {name: name == half for name in NEEDED}
+    for name in NEEDED[half]:
+        kept = getattr(attend, name)
+        setattr(attend, name, None)
+        with pytest.raises(KernelError, match="null"):
+            pool(1).run_attend(attend, **only)
+        setattr(attend, name, kept)
+    for name in {*NEEDED["append"], *NEEDED["attends"]} - {*NEEDED[half]}:
+        setattr(attend, name, None)
+    pool(1).run_attend(attend, **only)
+
+
+@pytest.mark.parametrize(
+    ("panels", "cols", "group"),
+    [
+        *((PanelFormat.Q4Z, 128, group) for group in (0, 1, 16, 96, 256, -32)),
+        (PanelFormat.Q4Z, 192, 128),
+        (PanelFormat.Q4, 128, 32),
+        (PanelFormat.F32, 128, 128),
+        (PanelFormat.Q4, 48, 0),
+        (PanelFormat.Q6K, 128, 0),
+    ],
+)
+def test_matrices_of_no_whole_groups_are_refused(panels: PanelFormat, cols: int, group: int) -> None:
+    room = Room([256, 256], 1)
+    memory = torch.zeros(panel_bytes(PanelFormat.F32, 16, 256), dtype=torch.uint8)
+    parts = (abi.Matrix * 1)(abi.Matrix(memory.data_ptr(), int(panels), 16, cols, group))
+    for kind in (OpKind.LINEAR, OpKind.EMBED):
+        assert refusal(room, room.op(kind, dst=1, width=cols, parts=parts)) is Error.SHAPE
 
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
@@ -184,14 +295,14 @@ def test_activations_that_nobody_made_room_for_are_refused(form: Form) -> None:
             with pytest.raises(KernelError, match="null"):
                 pool(1).run_op(room.program, op, room.step)
         part = {Form.F32: abi.Format.F16, Form.BF16: abi.Format.BF16, Form.Q8: abi.Format.Q4K}[form]
-        parts = (abi.Matrix * 1)(abi.Matrix(panels_of_zeros(room), int(part), 64, 64, 0))
+        parts = (abi.Matrix * 1)(abi.Matrix(panels_of_zeros(room), int(part), 64, 256, 0))
         with pytest.raises(KernelError, match="null"):
             pool(1).run_op(room.program, room.op(OpKind.LINEAR, dst=1, width=64, parts=parts), room.step)
         setattr(room.step.prepared, name, kept)
 
 
 def panels_of_zeros(room: Room) -> int:
-    room.kept.append(zeros := torch.zeros(64 * 64))
+    room.kept.append(zeros := torch.zeros(64 * 256))
     return zeros.data_ptr()
 
 
@@ -343,7 +454,39 @@ def test_one_of_many_cores_is_kept_free(
     assert default_threads(tmp_path, tmp_path) == threads
 
 
-@pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("4,2", 4), ("0", 2), ("all", 2), ("", 2)])
+@pytest.mark.parametrize(("cpu_max", "threads"), [("200000 100000", 2), ("max 100000", 63)])
+def test_a_container_of_few_processors_does_not_start_threads_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    folder_of(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": cpu_max})
+    assert default_threads(tmp_path / "sys", tmp_path / "proc") == threads
+
+
+def test_a_pool_takes_as_many_threads_as_there_can_be_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2000)))
+    assert default_threads(tmp_path, tmp_path) == MOST_THREADS
+    Pool(library(), MOST_THREADS).close()
+    with pytest.raises(ValueError, match="1025 threads"):
+        Pool(library(), MOST_THREADS + 1)
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "all", "1025", "5000", "9" * 5000, "1e3", "٣"])
+def test_what_cannot_be_asked_for_is_named_and_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(ValueError, match=r"^OMP_NUM_THREADS=.{1,41} is ignored: it must be .* from 1 to 1024$"):
+        asked_threads()
+    assert default_threads(tmp_path, tmp_path) == 2
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("4,2", 4), (" 1024 ", 1024), ("", 2)])
 def test_what_is_asked_for_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, threads: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})

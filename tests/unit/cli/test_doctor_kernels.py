@@ -18,6 +18,15 @@ def test_kernels_that_load_are_named_with_their_threads(monkeypatch: pytest.Monk
     assert doctor._kernels().found.endswith(", 1 thread")
 
 
+def test_a_number_of_threads_that_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(load_library().path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5000")
+    finding = doctor._kernels()
+    assert finding.verdict == "warn"
+    assert "OMP_NUM_THREADS=5000 is ignored: it must be a whole number from 1 to 1024" in finding.found
+    assert "OMP_NUM_THREADS" in finding.fix
+
+
 def test_without_kernels_it_says_what_is_lost_and_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     finding = doctor._kernels()

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from edgekv.cli.app import app
 from edgekv.cli.owners import LOOKS, Owned, owner_bar
 from edgekv.demo import draft_path, target_path
+from edgekv.engine.no_room import KVBudgetTooLarge
 from edgekv.engine.pinned import PinnedPromptRefused
 from edgekv.engine.settings import EngineSettings, lease, plan_engine
-from edgekv.errors import OverBudget
 from edgekv.model.hf_config import read_spec
 from edgekv.smi.device import Place
 from tests.unit.cli.shapes import LLAMA_3_8B, MISTRAL_7B, write_shape
@@ -282,7 +282,7 @@ def test_what_the_ledger_would_refuse_does_not_fit(tmp_path: Path) -> None:
     assert not planned(file)["fits"]
     served = run(app, ["serve", str(file), "--port", "0"])
     assert served.exit_code == 1
-    assert isinstance(served.exception, OverBudget)
+    assert isinstance(served.exception, KVBudgetTooLarge)
 
 
 @pytest.mark.parametrize(

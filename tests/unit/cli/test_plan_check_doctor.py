@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from edgekv.cli import doctor as doctor_module
 from edgekv.cli.app import app
 from edgekv.cli.doctor import examine
+from edgekv.demo import target_path
 
 run = CliRunner().invoke
 
@@ -27,6 +28,8 @@ LLAMA_3_8B = {
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    asked = f"kv: {{dtype: int8}}\nmodels: {{m: {{path: {target_path()}, weights: int4}}}}\n"
+    (tmp_path / "asked.yaml").write_text(asked)
     return tmp_path
 
 
@@ -46,6 +49,7 @@ def test_check_prints_every_fault_as_json_too(tmp_path: Path) -> None:
     [
         ["--help"],
         ["check", "config.yaml"],
+        ["check", "{llama}/asked.yaml"],
         ["plan", "{llama}", "--device", "cpu"],
         ["plan", "{llama}", "--card", "RTX 4090", "--draft", "demo"],
         ["plan", "config.yaml", "--vram", "8GiB"],

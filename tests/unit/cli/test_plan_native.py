@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from edgekv.cli.app import app
 from edgekv.cli.remedies import remedies
 from edgekv.core.capacity import DtypeChoice, MemoryPlan
-from edgekv.engine.settings import EngineSettings, NotServedHere, plan_engine, runs_natively
+from edgekv.demo import target_path
+from edgekv.engine.settings import EngineSettings, plan_engine, runs_natively
 from edgekv.model.hf_config import read_spec
 from edgekv.model.weight_table import read_weight_table
 from edgekv.smi.device import Place
@@ -83,19 +84,6 @@ def test_int8_keys_and_values(llama: Path) -> None:
     assert memory.kv.bytes_per_token == 32 * 8 * 2 * 130
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"weight_format": "int4", "native": False}, "weights: int4 needs the native CPU kernels, and they are not"),
-        ({"kv_dtype": "int8", "native": False}, "kv.dtype: int8 needs the native CPU kernels"),
-        ({"weight_format": "int8", "native": None, "place": CARD}, "and they run models on the CPU only"),
-    ],
-)
-def test_what_only_the_kernels_can_do_is_refused_without_them(llama: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(NotServedHere, match=re.escape(told)):
-        planned(llama, **changes)
-
-
 def test_the_kernels_run_what_they_can_where_they_are(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = settings(llama, native=None)
     spec = read_spec(llama)
@@ -152,3 +140,28 @@ def test_the_printed_plan_says_what_weights_are_kept_in(
     text = run(app, ["plan", str(awq), "--device", "cpu"], env=wide).stdout
     assert "in bfloat16 (the weights stay quantised)" in text
     assert "int4/128 3.40 GiB, f16 1.96 GiB" in text
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_draft_is_planned_like_a_model_of_its_own(
+    native: bool, llama: Path, awq: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekv.engine.settings.runs_natively", lambda settings, spec: native)
+    asked = ["plan", str(llama), "--device", "cpu", "--draft", str(awq)]
+    draft = json.loads(run(app, [*asked, "--json"]).stdout)["draft"]
+    alone = json.loads(run(app, ["plan", str(awq), "--device", "cpu", "--json"]).stdout)
+    assert draft["weights"] == alone["weights"]
+    assert draft["dtype"] == alone["dtype"] == "bfloat16"
+    kinds = "int4/128 3.40 GiB, f16 1.96 GiB" if native else "bfloat16"
+    assert f"the draft, in {kinds}" in run(app, asked, env={"COLUMNS": "140"}).stdout
+
+
+def test_a_draft_whose_blocks_the_kernels_cannot_take_goes_to_torch(
+    awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekv.kernels.cpu.library.available", lambda: True)
+    file = tmp_path / "c.yaml"
+    for block_size, kinds in ((16, "affine4_128"), (8, "bfloat16")):
+        file.write_text(f"kv: {{block_size: {block_size}}}\nmodels: {{m: {{path: {target_path()}}}}}\n")
+        made = run(app, ["plan", str(file), "--device", "cpu", "--draft", str(awq), "--json"])
+        assert kinds in json.loads(made.stdout)["draft"]["weights"]["kinds"]

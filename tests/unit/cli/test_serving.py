@@ -17,8 +17,9 @@ from edgekv.core.capacity import GIB, MIB
 from edgekv.core.reading import Reading
 from edgekv.core.spill import Headroom
 from edgekv.demo import draft_path, target_path
-from edgekv.engine.settings import ContextTooLong, EngineSettings, NoRoomForKV, lease, plan_engine
-from edgekv.errors import ModelError, OverBudget
+from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
+from edgekv.engine.settings import ContextTooLong, EngineSettings, lease, plan_engine
+from edgekv.errors import ModelError
 from edgekv.model.hf_config import read_spec
 from edgekv.smi.device import Place
 from edgekv.smi.reader import Source
@@ -70,9 +71,9 @@ def test_every_part_of_the_plan_is_leased() -> None:
 @pytest.mark.parametrize(
     ("place", "budget", "error", "told"),
     [
-        (CPU, 1024, NoRoomForKV, r"holds no block: one block of 16 tokens takes [\d,]+ bytes. Raise kv.budget"),
+        (CPU, 1024, NoRoomForKV, r"holds no block: one block of 16 tokens takes 16.00 KiB. Raise kv.budget"),
         (Place("cpu", "cpu", "CPU", 513 * MIB), None, NoRoomForKV, "leaves no room"),
-        (CPU, 9 * GIB, OverBudget, "kv.target: 9,663,"),
+        (CPU, 9 * GIB, KVBudgetTooLarge, "kv.budget: a KV pool of 9.00 GiB does not fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(place: Place, budget: int | None, error: type[Exception], told: str) -> None:
@@ -183,6 +184,22 @@ def test_the_summary_says_where_every_byte_of_the_device_is() -> None:
         "runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others",
     ]  # fmt: skip
     assert sum(share.num_bytes for share in shares) == 8 * GIB
+
+
+def test_what_is_lost_without_the_kernels_is_said_where_it_says_that_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serves = server()
+    serves._urls = ("http://there",)
+    for chosen, told in (("off", True), ("auto", False)):
+        monkeypatch.setenv("EDGEKV_CPU_KERNELS", chosen)
+        serves._make_core(lambda done, total, stage: None)
+        assert serves._assembly is not None
+        serves._tell(serves._assembly)
+        printed = capsys.readouterr().out
+        assert "edgekv is ready: http://there/v1" in printed
+        lost = "without the CPU kernels: they are switched off by EDGEKV_CPU_KERNELS=off. torch runs it, several times"
+        assert (lost in printed, "unset EDGEKV_CPU_KERNELS" in printed) == (told, told)
 
 
 def test_the_endpoint_gets_what_was_configured() -> None:

@@ -13,6 +13,7 @@ from edgekv.config.settings import Config, Model
 from edgekv.config.units import GIB, MIB, Share
 from edgekv.engine.settings import EngineSettings
 from edgekv.errors import ConfigError
+from edgekv.kernels.cpu.library import VARIABLE
 from edgekv.smi.device import Place
 
 REPOSITORY = Path(__file__).parents[3]
@@ -294,6 +295,29 @@ def test_a_variable_that_matches_nothing_is_a_warning(file: Path) -> None:
     assert len(heard) == 1
     assert "EDGEKV_SERVER__PROT" in heard[0]
     assert "did you mean EDGEKV_SERVER__PORT?" in heard[0]
+
+
+def test_variables_that_others_read_are_no_mistakes(file: Path) -> None:
+    heard: list[str] = []
+    load_config(None, [], {VARIABLE: "off", "EDGEKV_KEY": "a long secret"}, warn=heard.append)
+    assert heard == []
+
+
+def test_who_knows_more_finds_faults_in_what_is_sound(file: Path) -> None:
+    def further(config: Config) -> list[tuple[tuple[str, ...], str]]:
+        return [(("kv", "dtype"), f"{config.kv.dtype} is not for {name}") for name in config.models]
+
+    text = "models:\n  m: {path: model}\nkv:\n  dtype: int8\n"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, further=further)
+    assert caught.value.faults == [f"{file}:4:10: error: kv.dtype: int8 is not for m"]
+    with pytest.raises(ConfigError, match=r"--set kv\.dtype: error: kv\.dtype: int8 is not for m"):
+        load_config(file, ["kv.dtype=int8"], further=further)
+    file.write_text(text + "server: {port: x}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, further=further)
+    assert len(caught.value.faults) == 1, "of what is not sound, nothing more is asked"
 
 
 def test_an_unquoted_reference_is_read_as_yaml_and_a_quoted_one_is_text(file: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekv.config.model_path import gguf_at
+from edgekv.config.model_path import gguf_at, gguf_files
 from edgekv.errors import ModelError
 
 
@@ -41,3 +41,10 @@ def test_the_parts_of_a_split_file_are_one(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_called_like_a_file(tmp_path: Path) -> None:
     assert gguf_at(touch(tmp_path / "folder.gguf", "config.json")) is None
+
+
+def test_the_files_of_a_folder_that_has_a_configuration_too(tmp_path: Path) -> None:
+    names = ("b.gguf", "config.json", "m-00002-of-00002.gguf", "m-00001-of-00002.gguf")
+    found = gguf_files(touch(tmp_path / "folder", *names))
+    assert [file.name for file in found] == ["b.gguf", "m-00001-of-00002.gguf"]
+    assert gguf_files(touch(tmp_path / "empty")) == []

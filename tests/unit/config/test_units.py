@@ -13,6 +13,7 @@ from edgekv.config.units import (
     parse_share,
     parse_size,
     parse_size_or_share,
+    setting_size,
 )
 
 
@@ -54,3 +55,13 @@ def test_a_duration_without_a_clear_unit_is_refused(text: object) -> None:
 @given(st.integers(0, 1 << 45))
 def test_what_is_printed_can_be_read_back_to_a_percent(size: int) -> None:
     assert parse_size(format_size(size).replace(",", "")) == pytest.approx(size, rel=0.01, abs=0.6)
+
+
+@given(st.integers(0, 1 << 45))
+def test_what_a_setting_can_ask_for_is_never_more_and_hardly_less(size: int) -> None:
+    asked = parse_size(setting_size(size))
+    assert 0.99 * size <= asked <= size
+
+
+def test_sizes_for_settings_are_short() -> None:
+    assert [setting_size(size) for size in (7, 1536, 512 * MIB, GIB * 7 // 2)] == ["7B", "1.5KiB", "512MiB", "3.5GiB"]

@@ -1,21 +1,33 @@
 """What an engine is built from, beyond its memory: the texts and ids of the model folder."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import edgekv.demo
 from edgekv.config.settings import PinnedPrompt
 from edgekv.core.step import Resize
 from edgekv.engine.assemble import assemble
 from edgekv.engine.settings import EngineSettings
+from edgekv.kernels.cpu.library import available
 from edgekv.smi.device import Place
 
 CPU = Place("cpu", "cpu", "CPU", free_bytes=4 << 30)
+DRAFT = Path(edgekv.demo.__file__).parent / "draft"
 END_OF_TEXT = 4  # of the demo model's tokenizer
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(None, (END_OF_TEXT,)), (2, (2, END_OF_TEXT))])
@@ -64,3 +76,40 @@ def test_pins_are_told_the_time_with_every_step_and_every_resize() -> None:
     core.resize(Resize(0))
     core.step()
     assert told == [3.0, 5.0]
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_every_load_has_all_threads_and_sampling_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available(compile=True):
+        pytest.skip("no compiled kernels here")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    loading: list[int] = []
+    sampling: list[int] = []
+
+    def load() -> None:
+        def progress(done: int, total: int, stage: str) -> None:
+            if "weights" in stage:
+                loading.append(torch.get_num_threads())
+
+        assemble(EngineSettings(DRAFT, CPU, kv_budget=8 << 20, weight_format="int8"), progress)
+        sampling.append(torch.get_num_threads())
+
+    for _ in range(2):  # each engine has a thread of its own, as it has in a server that starts it again
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join()
+    assert (set(loading), sampling) == ({3}, [1, 1])
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_a_number_of_threads_that_cannot_be_is_said_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not available(compile=True):
+        pytest.skip("no compiled kernels here")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5000")
+    with caplog.at_level(logging.WARNING):
+        _, assembly = assemble(EngineSettings(DRAFT, CPU, kv_budget=8 << 20), lambda done, total, stage: None)
+    assert assembly.kernels_loss is None
+    assert "kernels, " in assembly.kernels
+    assert caplog.messages == ["OMP_NUM_THREADS=5000 is ignored: it must be a whole number from 1 to 1024"]

@@ -229,6 +229,9 @@ def mixed_rows(vocab_size: int) -> list[SampleRow]:
         params(top_p=0.999, temperature=3.0),
         params(top_k=vocab_size * 2),
         params(top_k=vocab_size // 2),
+        params(top_k=vocab_size - 1, top_p=0.9),
+        params(top_k=vocab_size // 30 + 1),
+        params(top_k=2**31 - 1, min_p=0.001),
         params(min_tokens=9, stop_token_ids=frozenset(range(5)), logprobs=0),
     ]
     return [row(replace(p, seed=n), prompt=(0, n, 8), output=(n, 5, 5)) for n, p in enumerate(choices)]
@@ -248,6 +251,23 @@ def test_a_row_does_not_depend_on_its_neighbours(vocab_size: int, bfloat16: bool
     shuffled = sampler.sample(logits[order], [rows[index] for index in order])
     assert together == alone
     assert shuffled == [together[index] for index in order]
+
+
+def test_a_row_of_many_candidates_does_not_have_its_neighbours_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size, looked_at = 50_000, []
+
+    def counted(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        looked_at.append((logits.shape[0], k))
+        return likeliest(logits, k)
+
+    monkeypatch.setattr("edgekv.engine.sampler.likeliest", counted)
+    usual = [params(top_p=0.9), params(top_k=40), params(top_k=1), params(top_k=256, top_p=0.5)]
+    odd = [params(top_k=700), params(top_k=2**31 - 1, top_p=0.5), params(top_k=vocab_size - 1), params(top_k=5000)]
+    logits = torch.randn(8, vocab_size, generator=torch.Generator().manual_seed(7)) * 8
+    settings = [p for pair in zip(usual, odd, strict=True) for p in pair]
+    Sampler(vocab_size, "cpu").sample(logits, [row(p, prompt=(1,)) for p in settings])
+    # A top-k of more than the vocabulary is none: that row is as usual.
+    assert sorted(looked_at) == [(1, 1024), (1, 8192), (1, vocab_size), (2, 64), (3, 256)]
 
 
 def test_logits_are_left_as_they_are() -> None:

@@ -164,6 +164,8 @@ def test_peers_with_slots_are_measured_with_several_numbers_of_them(tmp_path: Pa
     assert prefix.systems("q4_k_m") == ()
     [engine] = [row for row in rows.ROWS if row.name == "decode"]
     assert engine.systems("bf16") == ("llama.cpp", "edgekv")
+    [alone] = [row for row in rows.ROWS if row.name == "outside"]
+    assert alone.systems("q4_0") == ("edgekv", "edgekv int4")
 
 
 def test_llama_bench_is_asked_and_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from bench.peers.rows import OUTSIDE
 from bench.peers.systems import family
 from bench.peers.table import gather, markdown, overheads
 
@@ -92,10 +93,10 @@ def test_what_of_a_token_is_not_the_models_is_told() -> None:
     detail = {"decode": [{"context": 128, "parts_us": {"model": 48_750.0, "prepare": 1_000.0, "sample": 250.0}}]}
     engine = turn("bf16", "edgekv", "decode, context 128", [20.4])
     engine["turn"][1] = "decode"
-    http = turn("bf16", "edgekv", "1 streams, not in the model", [3.1, 5.0, 3.5], more=False)
+    http = turn("bf16", "edgekv", OUTSIDE, [3.1, 5.0, 3.5], more=False)
     shown = overheads([engine | {"detail": detail}, http])
     assert shown.endswith("| bf16 | edgekv | 2.5 % | **5.5 %** |")
-    assert "not in the model" not in markdown([http])
+    assert OUTSIDE not in markdown([http])
     assert overheads([engine | {"detail": detail}]) == ""
 
 

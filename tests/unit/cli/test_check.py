@@ -1,0 +1,58 @@
+"""`edgekv check`: what could never be served is told with file, line and field."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgekv.cli.app import app
+from edgekv.demo import target_path
+from edgekv.errors import ConfigError
+from edgekv.kernels.cpu.library import VARIABLE
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"kv:\n  block_size: 8\n  dtype: int8\nmodels:\n  m:\n    path: {target_path()}\n    device: cpu\n"
+        "    weights: int4\n"
+    )
+    return path
+
+
+def faults(file: Path, *settings: str) -> list[str]:
+    options = [option for setting in settings for option in ("--set", setting)]
+    checked = run(app, ["check", str(file), *options])
+    assert checked.exit_code == 1
+    assert isinstance(checked.exception, ConfigError)
+    return checked.exception.faults
+
+
+def test_faults_have_their_places(file: Path) -> None:
+    kv, weights = faults(file)
+    assert kv.startswith(f"{file}:3:10: error: kv.dtype: int8 needs the native CPU kernels, but they cannot run this")
+    assert weights.startswith(f"{file}:8:14: error: models.m.weights: int4 needs the native CPU kernels")
+    made = json.loads(run(app, ["check", str(file), "--json"]).stdout)
+    assert (made["ok"], made["faults"]) == (False, [kv, weights])
+    [only] = faults(file, "models.m.weights=auto", "models.m.kv.dtype=int8")
+    assert only.startswith("--set models.m.kv.dtype: error: models.m.kv.dtype: int8 needs")
+
+
+def test_the_variable_is_a_cause_and_no_unknown_setting(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    assert "switched off by EDGEKV_CPU_KERNELS=off. Unset EDGEKV" in faults(file, "kv.block_size=16")[0]
+    fine = run(app, ["check", str(file), "--set", "kv.dtype=auto", "--set", "models.m.weights=auto"])
+    assert (fine.exit_code, fine.stderr) == (0, "")
+    assert "is fine: serves m on" in fine.stdout
+
+
+def test_a_model_without_weights_is_a_fault(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text((target_path() / "config.json").read_text())
+    [told] = faults(file, "models.m.path=model")
+    assert "models.m.path: " in told
+    assert "holds neither model.safetensors nor" in told

@@ -1,0 +1,94 @@
+"""What a configuration asks for that could not be served is found without serving it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekv.config.settings import Config
+from edgekv.demo import target_path
+from edgekv.engine import servable
+from edgekv.engine.servable import unservable
+from edgekv.kernels.cpu.library import VARIABLE
+from edgekv.smi.device import Place
+from tests.model.quantised_models import make_quantised
+from tests.model.tiny_models import edit_config
+
+NEEDED = "int8 needs the native CPU kernels, but "
+BLOCKS = NEEDED + "they cannot run this model: the KV block size of 8 is no multiple of 16. Set kv.block_size to 16"
+
+
+def found(model: Path | None = None, *, kv: Any = None, own_kv: Any = None, **asked: Any) -> dict[str, str]:
+    """Faults by the dotted path of what was asked."""
+    models = {} if model is None else {"m": {"path": str(model), "device": "cpu", "kv": own_kv or {}, **asked}}
+    devices = {"big": {"match": {"vendor": "nvidia"}}, "memory": {"match": {"vendor": "cpu"}}}
+    config = Config.model_validate({"kv": kv or {}, "models": models, "devices": devices}, context={"base": Path("/")})
+    return {".".join(map(str, where)): message for where, message in unservable(config)}
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return shutil.copytree(target_path(), tmp_path / "model")
+
+
+def test_what_can_be_served_has_no_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekv.kernels.cpu.library.available", lambda: True)
+    monkeypatch.setattr("edgekv.kernels.cpu.library.is_ready", lambda: False)
+    assert found() == found(target_path()) == {}
+    assert found(target_path(), weights="int4", kv={"dtype": "int8"}) == {}
+    assert found(target_path(), weights="int4", device="memory") == {}
+    assert found(target_path(), device="big", kv={"block_size": 8}) == {}, "torch takes any block"
+
+
+def test_a_block_size_that_the_kernels_do_not_take(copied: Path) -> None:
+    small = {"block_size": 8, "dtype": "int8"}
+    assert found(copied, kv=small)["kv.dtype"].startswith(BLOCKS)
+    assert found(kv=small)["kv.dtype"].startswith(BLOCKS), "the demo model's"
+    assert found(copied, weights="int8", kv={"block_size": 8})["models.m.weights"].startswith(BLOCKS)
+    assert list(found(copied, kv={"block_size": 8}, own_kv={"dtype": "int8"})) == ["models.m.kv.dtype"]
+
+
+def test_every_setting_with_a_cause_is_told(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"weights": "int8", "kv": {"dtype": "int8"}}
+    monkeypatch.setenv(VARIABLE, "off")
+    told = found(copied, **asked)
+    assert set(told) == {"models.m.weights", "kv.dtype"}
+    assert all(NEEDED + f"they are switched off by {VARIABLE}=off" in message for message in told.values())
+    assert "and this one goes to big. Set device to cpu" in found(copied, **asked, device="big")["kv.dtype"]
+    edit_config(copied, head_dim=24)
+    monkeypatch.delenv(VARIABLE)
+    assert found(copied, **asked)["kv.dtype"].endswith("its head dim of 24 is no multiple of 16. Set kv.dtype to auto")
+
+
+def test_auto_is_looked_up_where_it_matters(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def choose(device: str, *_: object) -> Place:
+        asked.append(device)
+        return Place("card", "cuda:0", "RTX 4090", 0)
+
+    monkeypatch.setattr(servable, "choose_place", choose)
+    assert found(copied, device="auto") == {}
+    assert asked == []
+    assert "this one goes to RTX 4090" in found(copied, device="auto", weights="int8")["models.m.weights"]
+
+
+def test_weights_that_are_quantised_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_quantised(tmp_path, "awq", 64)[0]
+    told = found(folder, weights="int4", context=128)
+    assert told == {
+        "models.m.weights": "int4 is for weights that are not quantised, and the model's are AWQ, 4 bits, groups of 64 "
+        "already: leave it at auto, or take another file"
+    }
+    monkeypatch.setenv(VARIABLE, "off")
+    assert found(folder, weights="int4", context=128) == told, "one cause is enough"
+
+
+def test_models_that_no_start_would_load(copied: Path) -> None:
+    assert found(copied, context=99_999)["models.m.context"].startswith("A context of 99,999 tokens is more than")
+    (copied / "model.safetensors").rename(copied / "model.gguf")
+    assert found(copied)["models.m.path"].endswith(f"give the file itself: {copied}/model.gguf")
+    (copied / "config.json").write_text(json.dumps({"architectures": ["Gpt5"]}))
+    assert "field 'architectures'" in found(copied)["models.m.path"]
