@@ -197,10 +197,13 @@ static void attend_part(const attend_tile* tile, const part_view* view, const pa
   tile_room* room = tile->room;
   see(tile, view);
   if (F::INTEGER) {
-    take_scales(tile, view, tile->key_plane, room->key_scales);
-    take_scales(tile, view, tile->value_plane, room->value_scales);
+    for (int i = view->first; i < view->stop; i++) prefetch(view->value_scales[i]);
   }
   find_scores<F>(tile, view);
+  if (F::INTEGER) {
+    take_scales(view, view->key_scales, room->key_scales);
+    take_scales(view, view->value_scales, room->value_scales);
+  }
   const score_rule rule = {tile->a->scale, tile->a->softcap, room->key_scales, room->value_scales};
   for (int row = 0; row < tile->rows; row++) {
     const int token = row / tile->group;

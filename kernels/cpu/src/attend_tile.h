@@ -13,6 +13,8 @@ struct part_view {
   const char* keys[TILES];
   const char* values[TILES];
   const char* key_runs[TILES];  // to fetch: K of a block is cut into as many runs of bytes as it has tiles
+  const uint16_t* key_scales[TILES];    // of integers: of each tile's slots
+  const uint16_t* value_scales[TILES];
   bool in_order;                // tiles lie end to end
 };
 
@@ -82,7 +84,7 @@ static void take_queries(const attend_tile* tile) {
   }
 }
 
-// Looks the part's blocks up.
+// Looks the part's blocks up, and has the scales of its keys fetched: they lie apart from these.
 template <class F>
 static void find_part(const attend_tile* tile, int64_t part, part_view* view) {
   const ek_cache* cache = tile->a->cache;
@@ -100,6 +102,15 @@ static void find_part(const attend_tile* tile, int64_t part, part_view* view) {
     const char* values = keys + planes * tile->plane_bytes;
     const int end = i + cache->block_size / 16 - in_block, until = end < view->stop ? end : view->stop;
     if (i > view->first && keys != view->key_runs[i - 1] + bytes) view->in_order = false;
+    if (F::INTEGER) {
+      const uint16_t* key_scales = scales_at(cache, tile->plane_bytes, tile->key_plane, *block);
+      const uint16_t* value_scales = key_scales + planes * cache->block_size;
+      for (int n = 0; n < until - i; n++) {
+        view->key_scales[i + n] = key_scales + 16 * (in_block + n);
+        view->value_scales[i + n] = value_scales + 16 * (in_block + n);
+        prefetch(view->key_scales[i + n]);
+      }
+    }
     for (; i < until; i++, in_block++) {
       view->keys[i] = keys + in_block * F::B_BYTES;
       view->key_runs[i] = keys + in_block * bytes;
@@ -109,13 +120,8 @@ static void find_part(const attend_tile* tile, int64_t part, part_view* view) {
 }
 
 // The float16 scales of the part's keys (values) in float32; those of slots that nobody sees are anything.
-static void take_scales(const attend_tile* tile, const part_view* view, int64_t plane, float* scales) {
-  const ek_cache* cache = tile->a->cache;
-  for (int i = view->first; i < view->stop; i++) {
-    const int64_t slot = view->slot + 16 * i;
-    const uint16_t* of_block = scales_at(cache, tile->plane_bytes, plane, tile->table[slot / cache->block_size]);
-    vf_store(scales + 16 * i, vf_from_f16(of_block + slot % cache->block_size));
-  }
+static void take_scales(const part_view* view, const uint16_t* const* of_tiles, float* scales) {
+  for (int i = view->first; i < view->stop; i++) vf_store(scales + 16 * i, vf_from_f16(of_tiles[i]));
 }
 
 // Which slots of the part each token sees.
