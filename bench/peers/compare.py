@@ -46,6 +46,7 @@ class Sitting:
 
     def __init__(self, out: Path, most_others: float = math.inf) -> None:
         self._out, self._most_others = out, most_others
+        self.id = secrets.token_hex(4)
         self.lines: list[dict[str, Any]] = []
         if out.exists():
             self.lines = [json.loads(line) for line in out.read_text().splitlines() if line.strip()]
@@ -151,6 +152,8 @@ class Comparison:
     def _round(self, weights: str, row: Row, number: int, servers: Servers) -> None:
         systems = [system for system in row.systems(weights) if not self._systems or system in self._systems]
         waiting = [system for system in systems if self._takes_part(weights, row, system, number)]
+        if not waiting:
+            return
         seed, taken = self._sitting.seed(weights, row.name, number), defaultdict[str, list[Turn]](list)
         for turn in range(row.turns):
             first = (number + turn) % len(systems)
@@ -185,7 +188,7 @@ class Comparison:
 
     def _note(self, key: list[object], seed: int, turn: "Turn") -> None:
         line = {
-            "turn": key, "seed": seed, "at": _now(), "seconds": round(turn.seconds, 1),
+            "turn": key, "seed": seed, "sitting": self._sitting.id, "at": _now(), "seconds": round(turn.seconds, 1),
             "others_cores": round(turn.others.busy_cores, 2), "stolen_cores": round(turn.others.stolen_cores, 2),
             **asdict(turn.result),
         }  # fmt: skip

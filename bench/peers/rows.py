@@ -179,9 +179,14 @@ def outside(task: Task) -> Result:
 
 def _forward_s(task: Task) -> float:
     """Seconds that the server has been in the model."""
-    text = httpx2.get(task.url.removesuffix("/v1") + "/metrics", timeout=60, trust_env=False).text
-    [found] = re.findall(r"^edgekv_forward_seconds_total(?:{[^}]*})? (\S+)$", text, re.MULTILINE)
-    return float(found)
+    try:
+        text = httpx2.get(task.url.removesuffix("/v1") + "/metrics", timeout=60, trust_env=False).text
+    except httpx2.HTTPError as error:
+        raise RowFailed(f"/metrics: {error}") from None
+    found = re.findall(r"^edgekv_forward_seconds_total(?:{[^}]*})? (\S+)$", text, re.MULTILINE)
+    if not found:
+        raise RowFailed("/metrics says nothing of edgekv_forward_seconds_total")
+    return float(found[0])
 
 
 def prefix(name: str, *load: str) -> Callable[[Task], Result]:

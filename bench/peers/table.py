@@ -28,7 +28,7 @@ class Quantity:
     more: bool
     paired: bool = False
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    rounds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    rounds: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
 
     def median(self, system: str) -> float:
         return statistics.median(self.samples[system])
@@ -57,10 +57,13 @@ class Quantity:
         return self.median(system) / self.median(peer)
 
     def _pairs(self, system: str, peer: str) -> list[float]:
-        """Ratios of samples that were taken at the same time: what the machine does meanwhile cancels out."""
+        """Ratios of samples that were taken at the same time: what the machine does meanwhile cancels out.
+
+        Of a round that was broken off and gone on with later there are none.
+        """
         ratios = []
-        for (name, number), own in self.rounds.items():
-            theirs = self.rounds.get((peer, number), ()) if name == system else ()
+        for (name, number, sitting), own in self.rounds.items():
+            theirs = self.rounds.get((peer, number, sitting), ()) if name == system else ()
             ratios += [ours / other for ours, other in zip(own, theirs, strict=False)]
         return ratios
 
@@ -74,7 +77,7 @@ def gather(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Quantity
             made = Quantity(measure["unit"], measure["more"], measure.get("paired", False))
             quantity = found.setdefault((weights, name), made)
             quantity.samples[system] += measure["samples"]
-            quantity.rounds[system, number] = measure["samples"]
+            quantity.rounds[system, number, line.get("sitting", "")] = measure["samples"]
     return found
 
 

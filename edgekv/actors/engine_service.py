@@ -148,8 +148,10 @@ def _refuse(status: EngineStatus) -> NoReturn:
 
 def _loading(status: EngineStatus) -> str:
     progress = status.progress
-    if progress is None or progress.total_bytes <= 0:
+    if progress is None:
         return "loading"
+    if progress.total_bytes <= 0:
+        return progress.stage or "loading"
     return f"{progress.stage}, {100 * progress.done_bytes // progress.total_bytes} % of {progress.total_bytes:,} bytes"
 
 

@@ -177,8 +177,6 @@ class _Server:
         console.print(f"[bold]{escape(title)}[/], {escape(how)}", soft_wrap=True)
         if place.note:
             console.print(f"[yellow]{escape(place.note)}[/]", soft_wrap=True)
-        if assembly.kernels_loss:
-            console.print(f"[yellow]without the CPU kernels: {escape(assembly.kernels_loss)}[/]", soft_wrap=True)
         shares = _shares(assembly)
         console.print(owner_bar(shares, min(console.width, WIDEST_BAR)))
         console.print(owner_table(shares, memory.total_bytes))

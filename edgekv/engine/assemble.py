@@ -31,6 +31,7 @@ from edgekv.engine.runtime import measure_runtime
 from edgekv.engine.sampler import Sampler, SampleRow
 from edgekv.engine.segments import Segments
 from edgekv.engine.settings import KV_LEASE, EngineSettings, lease, plan_engine
+from edgekv.kernels.cpu.threads import default_threads
 from edgekv.model.hf_config import read_generation_config, read_spec
 from edgekv.model.loader import load_model
 from edgekv.model.spec import GenerationDefaults, ModelSpec
@@ -107,6 +108,8 @@ def assemble(
         pool = native_pool = native_kv_pool(spec, memory)
         runner = NativeRunner(native, native_pool)
     else:
+        if place.kind == "cpu":
+            torch.set_num_threads(default_threads())
         model = load_model(settings.folder, dtype=TORCH_DTYPES[choice.name], device=device, progress=progress)
         pool = torch_pool = KVPool(
             spec,

@@ -128,8 +128,8 @@ class BlockMemory(ABC, Generic[SegmentT]):
         if index not in self._segments:
             raise ValueError(f"there is no segment {index}")
         del self._segments[index]
-        self._memory.pop(index).free()
         self._note_change()
+        self._memory.pop(index).free()
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy the first `num_tokens` slots of each source to its target, in order."""

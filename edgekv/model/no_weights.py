@@ -15,6 +15,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors", re.DOTALL)
 _MOST_NAMES = 4
+MOST_BYTES = 64 << 20  # of an index that is looked into here
 
 
 def has_weights(folder: Path) -> bool:
@@ -25,10 +26,12 @@ def has_weights(folder: Path) -> bool:
     if (folder / SINGLE).exists():
         return True
     try:
-        index = json.loads((folder / INDEX).read_text())
+        if (folder / INDEX).stat().st_size > MOST_BYTES:
+            return True
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # for those that open it to find fault with
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict):

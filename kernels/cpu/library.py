@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +29,14 @@ from edgekv.kernels.cpu.build import (
     library_name,
     source_hash,
 )
+from edgekv.kernels.private_folder import is_private, make_private
 
 log = logging.getLogger(__name__)
 
 VARIABLE = "EDGEKV_CPU_KERNELS"
 _PREBUILT = Path(__file__).parent / "prebuilt"
 _GET_COMPILER = "install a C++ compiler (on Debian and Ubuntu: apt install g++), or set CXX"
+_ELSEWHERE = "set TMPDIR or XDG_CACHE_HOME to where code may be run from, or CXX to another C++ compiler"
 _OTHER_COMPILER = "set CXX to another C++ compiler: g++ 11 and clang++ 14 or later will do"
 
 _POLL_SECONDS = 0.05
@@ -67,10 +68,6 @@ class KernelsUnavailable(Exception):
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
         self.reason, self.remedy = reason, remedy
-
-
-class _DoesNotLoad(Exception):
-    """A whole library that the system does not load from where it is."""
 
 
 class Library:
@@ -166,33 +163,23 @@ def _find(wanted: str, progress: Callable[[], None]) -> Library:
     folder = _cache_folder()
     if folder is not None:
         try:
-            _make_private(folder)
+            make_private(folder)
             return _compile_into(folder, compiler, progress)
         except OSError as error:
             log.warning("the compiled CPU kernels cannot be kept, and are made anew at every start: %s", error)
-        except _DoesNotLoad as error:
-            log.warning("the compiled CPU kernels cannot be loaded from where they are kept: %s", error)
     try:
         with tempfile.TemporaryDirectory(prefix="edgekv-cpu-") as name:  # once it is loaded, nobody needs the file
-            library = None if folder is None else _open_copy(folder / library_name(), Path(name))
-            return library or _compile_into(Path(name), compiler, progress)
+            return _compile_into(Path(name), compiler, progress)
     except OSError as error:
         raise KernelsUnavailable(f"they could not be compiled: {error}", "make room for temporary files") from None
-    except _DoesNotLoad as error:
-        raise KernelsUnavailable(str(error), _OTHER_COMPILER) from None
 
 
 def _compile_into(folder: Path, compiler: list[str], progress: Callable[[], None]) -> Library:
-    """Raises KernelsUnavailable, OSError where the folder cannot be written to, and _DoesNotLoad.
-
-    What was compiled before and does not load is not compiled again: it would not load either.
-    """
+    """Raises KernelsUnavailable, and OSError where the folder cannot be written to."""
     path = folder / library_name()
     with _locked(folder / "lock", progress):
         if (library := _open(path)) is not None:  # another process was quicker
             return library
-        if path.exists() and check_file(path) is None:
-            raise _DoesNotLoad(f"{path} does not load")
         log.info("compiling the CPU kernels (once, about %d s)", build_seconds())
         began = time.monotonic()
         try:
@@ -204,61 +191,29 @@ def _compile_into(folder: Path, compiler: list[str], progress: Callable[[], None
         log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - began, path)
         library = _open(path)
     if library is None:
-        raise _DoesNotLoad(f"what {compiler[0]} made of them does not load from {folder}")
+        raise KernelsUnavailable(f"what {compiler[0]} made of them does not load", _ELSEWHERE)
     return library
 
 
-def _open_copy(path: Path, folder: Path) -> Library | None:
-    """The library at `path` from another folder: the first may be of a file system from which no code is run."""
-    if not _is_private(path.parent) or not path.exists() or check_file(path) is not None:
-        return None
-    copy = folder / path.name
-    shutil.copy(path, copy)
-    try:
-        return Library(copy)
-    except OSError:
-        return None
-
-
 def _open(path: Path) -> Library | None:
-    """The library at `path` if it is whole and made from these sources."""
+    """The library at `path` if it is whole and made from these sources; of one that does not load there a copy."""
     if not path.exists() or check_file(path) is not None:
         return None
     try:
         return Library(path)
     except OSError as error:
-        log.warning("cannot use the CPU kernels: %s", error)
-        return None
+        failure = error
+    # Many a home is on a file system from which no code may be run.
+    with suppress(OSError), tempfile.TemporaryDirectory(prefix="edgekv-cpu-") as name:
+        return Library(Path(shutil.copy(path, name)))
+    log.warning("cannot use the CPU kernels: %s", failure)
+    return None
 
 
 def _ready_places() -> list[Path]:
     folder = _cache_folder()
     places = [_PREBUILT / library_name()]
-    return places if folder is None or not _is_private(folder) else [*places, folder / library_name()]
-
-
-def _make_private(folder: Path) -> None:
-    """Raises OSError where others could put a library of theirs."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_private(folder):
-        raise OSError(f"others may write to {folder} or a folder above it")
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether only this user and the system's own decide what lies at this path, which anybody can know beforehand."""
-    with suppress(OSError):
-        real = folder.resolve(strict=True)
-        return all(_is_trusted(each.stat()) for each in (real, *real.parents))
-    return False
-
-
-def _is_trusted(status: os.stat_result) -> bool:
-    if status.st_uid not in (0, os.geteuid()):
-        return False
-    # Many systems give each user a group of their own, and it the right to write. In a sticky folder others can add
-    # files, and neither remove nor rename ours.
-    writable = status.st_mode & 0o002 or (status.st_mode & 0o020 and status.st_gid not in (0, os.getegid()))
-    return not writable or bool(status.st_mode & stat.S_ISVTX)
+    return places if folder is None or not is_private(folder) else [*places, folder / library_name()]
 
 
 def _cache_folder() -> Path | None:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -470,7 +471,8 @@ def test_a_pool_takes_as_many_threads_as_there_can_be_by_default(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2000)))
     assert default_threads(tmp_path, tmp_path) == MOST_THREADS
-    Pool(library(), MOST_THREADS).close()
+    with suppress(OSError):  # where so many threads find no memory
+        Pool(library(), MOST_THREADS).close()
     with pytest.raises(ValueError, match="1025 threads"):
         Pool(library(), MOST_THREADS + 1)
 

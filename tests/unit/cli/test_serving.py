@@ -186,22 +186,6 @@ def test_the_summary_says_where_every_byte_of_the_device_is() -> None:
     assert sum(share.num_bytes for share in shares) == 8 * GIB
 
 
-def test_what_is_lost_without_the_kernels_is_said_where_it_says_that_it_is_ready(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    serves = server()
-    serves._urls = ("http://there",)
-    for chosen, told in (("off", True), ("auto", False)):
-        monkeypatch.setenv("EDGEKV_CPU_KERNELS", chosen)
-        serves._make_core(lambda done, total, stage: None)
-        assert serves._assembly is not None
-        serves._tell(serves._assembly)
-        printed = capsys.readouterr().out
-        assert "edgekv is ready: http://there/v1" in printed
-        lost = "without the CPU kernels: they are switched off by EDGEKV_CPU_KERNELS=off. torch runs it, several times"
-        assert (lost in printed, "unset EDGEKV_CPU_KERNELS" in printed) == (told, told)
-
-
 def test_the_endpoint_gets_what_was_configured() -> None:
     config = configured(
         server={

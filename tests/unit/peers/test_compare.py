@@ -118,6 +118,12 @@ def test_who_fails_in_one_of_its_turns_is_left_out_of_the_others(comparison: Com
     assert len(lines) == 4
 
 
+def test_a_row_that_nobody_takes_part_in_is_passed_over(comparison: Comparison) -> None:
+    turns = Turns()
+    comparison.run("q4_0", [replace(turns.row(), weights=("bf16",)), turns.row()])
+    assert len(turns.taken) == 6
+
+
 def test_a_disturbed_turn_is_taken_again_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

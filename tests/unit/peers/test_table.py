@@ -77,6 +77,9 @@ def test_of_samples_taken_in_turns_the_ratios_count_and_not_the_medians() -> Non
     [quantity] = gather(lines).values()
     assert quantity.ratio("edgekv") == pytest.approx(1.1)
     assert quantity.median("edgekv") / quantity.median("llama.cpp") == pytest.approx(1.65)
+    lines[0]["sitting"] = lines[1]["sitting"] = "another day"
+    [quantity] = gather(lines).values()
+    assert quantity.ratio("edgekv") is None
 
 
 def test_without_a_peer_there_is_no_ratio() -> None:
