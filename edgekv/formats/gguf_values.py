@@ -7,7 +7,8 @@ Runs in: anywhere (no torch); owns: the header's bytes. Format: docs/gguf.md of 
     key     | string | u32 type | value |
 
 A vocabulary of 128k tokens and 280k merges is half a million strings. Walking over them takes their lengths alone, so
-whoever does not want the tokenizer does not pay for it, and nothing of the file's size is kept but its bytes.
+whoever does not want the tokenizer does not pay for it, and nothing of the file's size is kept but its bytes. Objects
+take up to 16 times a header's bytes: type and count are checked before any are made.
 """
 
 import math
@@ -17,19 +18,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from edgekv.errors import ModelError
 
 # The largest known header, of a vocabulary of 262k tokens with 514k merges, takes about 15 MB.
 MAX_HEADER_BYTES = 64 << 20
 MAX_ARRAYS = 1 << 16  # of arrays in arrays there is none in any known file
+MAX_TEXT_BYTES = 4 << 20  # a chat template of a million characters
 _MAX_KEY_BYTES = 65535  # the format's own limit
 _MAX_DEPTH = 4
 _FIRST_BYTES = 1 << 20
 _U64 = struct.Struct("<Q")
-T = TypeVar("T")
-Value = bool | int | float | str | list["Value"]
 
 
 class ValueType(IntEnum):
@@ -261,26 +261,32 @@ class Metadata:
         field = self._fields.get(key)
         return field is not None and field.kind == ValueType.ARRAY
 
-    def value(self, key: str) -> Value:
-        """The value, whatever its type."""
-        field = self._required(key, self._fields.get(key))
-        if field.element is not None:
-            return self._array(key, field.element, field.count, field.offset)[0]
-        if field.kind == ValueType.STRING:
-            return self._strings(key, 1, field.offset)[0][0]
-        (value,) = struct.unpack_from("<" + _CODES[field.kind], self._data, field.offset)
-        return value  # type: ignore[no-any-return]
+    def check_count(self, key: str, low: int, high: int, of: str) -> None:
+        """Raise ModelError for an array without `low` to `high` elements; that it is one, its accessor says."""
+        field = self._fields.get(key)
+        if field is None or field.element is None or low <= field.count <= high:
+            return
+        if low == high:
+            raise self.fault(key, f"has {field.count:,} entries for {low:,} {of}")
+        raise self.fault(key, f"{field.count:,} {of}, which must be {low:,} to {high:,}")
+
+    def is_one_of(self, key: str, values: tuple[object, ...]) -> bool:
+        """Whether the key holds one of these, none of which is an array."""
+        field = self._required(key)
+        return field.element is None and self._scalar(key, field) in values
+
+    def shown(self, key: str) -> str:
+        """The value as errors show it: an array's length and type, of all others at most 80 characters."""
+        field = self._required(key)
+        return self._type(field) if field.element is not None else f"{self._scalar(key, field)!r:.80}"
 
     def optional_text(self, key: str) -> str | None:
         """A string."""
         return self.text(key) if key in self._fields else None
 
     def text(self, key: str) -> str:
-        """A string."""
-        value = self.value(key)
-        if not isinstance(value, str):
-            raise self._wrong(key, "a string")
-        return value
+        """A string of at most `MAX_TEXT_BYTES`."""
+        return str(self._scalar(key, self._typed(key, (ValueType.STRING,), "a string")))
 
     def optional_integer(self, key: str, low: int, high: int) -> int | None:
         """An integer of any width from `low` to `high`."""
@@ -288,9 +294,7 @@ class Metadata:
 
     def integer(self, key: str, low: int, high: int) -> int:
         """An integer of any width from `low` to `high`."""
-        value = self.value(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(key, "an integer")
+        value = int(self._scalar(key, self._typed(key, _INTEGERS, "an integer")))
         if not low <= value <= high:
             raise self.fault(key, f"expected an integer from {low:,} to {high:,}, found {value:,}")
         return value
@@ -301,60 +305,83 @@ class Metadata:
 
     def number(self, key: str, low: float, high: float) -> float:
         """A finite number from `low` to `high`."""
-        value = self.value(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self._wrong(key, "a number")
+        value = float(self._scalar(key, self._typed(key, (*_INTEGERS, *_FLOATS), "a number")))
         if not low <= value <= high or not math.isfinite(value):
             raise self.fault(key, f"expected a number from {low:g} to {high:g}, found {value:g}")
-        return float(value)
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false; `default` where the key is absent."""
-        value = self.value(key) if key in self._fields else default
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
-        return value
+        if key not in self._fields:
+            return default
+        return bool(self._scalar(key, self._typed(key, (ValueType.BOOL,), "true or false")))
 
     def texts(self, key: str) -> list[str]:
         """An array of strings."""
-        field = self._required(key, self._fields.get(key))
-        if field.element != ValueType.STRING:
-            raise self._wrong(key, "an array of strings")
-        return self._strings(key, field.count, field.offset)[0]
+        field = self._array(key, (ValueType.STRING,), "an array of strings")
+        return self._strings(key, field.count, field.offset)
 
-    def integers(self, key: str, low: int, high: int) -> list[int]:
+    def flags(self, key: str) -> tuple[bool, ...]:
+        """An array of true and false, or of integers that are 0 or 1."""
+        values = self._numbers(self._array(key, (ValueType.BOOL, *_INTEGERS), "an array of true and false"))
+        if any(value not in (0, 1) for value in values):
+            raise self.fault(key, "expected an array of true and false, found other numbers")
+        return tuple(map(bool, values))
+
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
         """An array of integers from `low` to `high`."""
-        values: list[int] = self._numbers(key, _INTEGERS, "an array of integers")
+        values = self._numbers(self._array(key, _INTEGERS, "an array of integers"))
         if values and not low <= min(values) <= max(values) <= high:
             raise self.fault(
                 key, f"expected integers from {low:,} to {high:,}, found {min(values):,} to {max(values):,}"
             )
         return values
 
-    def numbers(self, key: str) -> list[float]:
+    def numbers(self, key: str) -> tuple[float, ...]:
         """An array of floating-point numbers, which may be infinite or NaN."""
-        return self._numbers(key, _FLOATS, "an array of floating-point numbers")
+        return self._numbers(self._array(key, _FLOATS, "an array of floating-point numbers"))
 
-    def _numbers(self, key: str, kinds: tuple[ValueType, ...], what: str) -> list[T]:
-        field = self._required(key, self._fields.get(key))
-        if field.element is None or field.element not in kinds:
-            raise self._wrong(key, what)
-        return list(struct.unpack_from(f"<{field.count}{_CODES[field.element]}", self._data, field.offset))
-
-    def _required(self, key: str, field: Field | None) -> Field:
+    def _required(self, key: str) -> Field:
+        field = self._fields.get(key)
         if field is None:
             raise self.fault(key, "is missing")
         return field
 
-    def _wrong(self, key: str, expected: str) -> ModelError:
-        field = self._fields[key]
-        found = field.kind.name.lower()
-        if field.element is not None:
-            found = f"an array of {field.count:,} {field.element.name.lower()}"
-        return self.fault(key, f"expected {expected}, found {found}")
+    def _typed(self, key: str, kinds: tuple[ValueType, ...], expected: str) -> Field:
+        field = self._required(key)
+        if field.kind not in kinds:
+            raise self.fault(key, f"expected {expected}, found {self._type(field)}")
+        return field
 
-    def _strings(self, key: str, count: int, at: int) -> tuple[list[str], int]:
-        """The strings from byte `at` on, and the byte after them."""
+    def _array(self, key: str, elements: tuple[ValueType, ...], expected: str) -> Field:
+        field = self._required(key)
+        if field.element not in elements:
+            raise self.fault(key, f"expected {expected}, found {self._type(field)}")
+        return field
+
+    @staticmethod
+    def _type(field: Field) -> str:
+        if field.element is None:
+            return field.kind.name.lower()
+        return f"an array of {field.count:,} {field.element.name.lower()}"
+
+    def _scalar(self, key: str, field: Field) -> bool | int | float | str:
+        """The value of a field that is no array."""
+        if field.kind == ValueType.STRING:
+            (num_bytes,) = _U64.unpack_from(self._data, field.offset)
+            if num_bytes > MAX_TEXT_BYTES:
+                raise self.fault(key, f"a string of {num_bytes:,} bytes is over the limit of {MAX_TEXT_BYTES:,}")
+            return self._strings(key, 1, field.offset)[0]
+        (value,) = struct.unpack_from("<" + _CODES[field.kind], self._data, field.offset)
+        return value  # type: ignore[no-any-return]
+
+    def _numbers(self, field: Field) -> tuple[Any, ...]:
+        """The elements of an array of plain values."""
+        assert field.element is not None
+        return struct.unpack_from(f"<{field.count}{_CODES[field.element]}", self._data, field.offset)
+
+    def _strings(self, key: str, count: int, at: int) -> list[str]:
+        """The strings from byte `at` on."""
         data, unpack, found = self._data, _U64.unpack_from, []
         try:
             for _ in range(count):
@@ -363,19 +390,4 @@ class Metadata:
                 found.append(data[start:at].decode())
         except UnicodeDecodeError:
             raise self.fault(key, f"the string that ends at byte {at:,} is not UTF-8") from None
-        return found, at
-
-    def _array(self, key: str, element: ValueType, count: int, at: int) -> tuple[list[Value], int]:
-        values: list[Value] = []
-        if element == ValueType.STRING:
-            strings, at = self._strings(key, count, at)
-            values += strings
-        elif element == ValueType.ARRAY:
-            for _ in range(count):
-                inner, length = struct.unpack_from("<IQ", self._data, at)
-                value, at = self._array(key, ValueType(inner), length, at + 12)
-                values.append(value)
-        else:
-            values += struct.unpack_from(f"<{count}{_CODES[element]}", self._data, at)
-            at += count * _SIZES[element]
-        return values, at
+        return found

@@ -70,9 +70,8 @@ class GgufVocabulary:
 
 def read_vocabulary(metadata: Metadata) -> GgufVocabulary:
     """The vocabulary, checked; raises ModelError naming file and key."""
+    metadata.check_count(TOKENS_KEY, 1, MAX_TOKENS, "tokens")
     texts = metadata.texts(TOKENS_KEY)
-    if not 1 <= len(texts) <= MAX_TOKENS:
-        raise metadata.fault(TOKENS_KEY, f"{len(texts):,} tokens, which must be 1 to {MAX_TOKENS:,}")
     if (longest := max(map(len, texts))) > _MAX_TOKEN_CHARS:
         raise metadata.fault(TOKENS_KEY, f"a token of {longest:,} characters, which no real one has")
     kinds = _kinds(metadata, len(texts))
@@ -91,11 +90,9 @@ def read_vocabulary(metadata: Metadata) -> GgufVocabulary:
 def _kinds(metadata: Metadata, num_tokens: int) -> list[TokenKind]:
     if KINDS_KEY not in metadata:
         return [TokenKind.NORMAL] * num_tokens
-    numbers = metadata.integers(KINDS_KEY, min(TokenKind), max(TokenKind))
-    if len(numbers) != num_tokens:
-        raise metadata.fault(KINDS_KEY, f"has {len(numbers):,} entries for {num_tokens:,} tokens")
+    metadata.check_count(KINDS_KEY, num_tokens, num_tokens, "tokens")
     kinds = list(TokenKind)
-    return [kinds[number] for number in numbers]
+    return [kinds[number] for number in metadata.integers(KINDS_KEY, min(TokenKind), max(TokenKind))]
 
 
 def _refuse_twins(metadata: Metadata, texts: Sequence[str]) -> None:

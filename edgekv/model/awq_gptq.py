@@ -45,8 +45,8 @@ def group_tensors(tensors: Mapping[str, SafetensorsTensor], quantisation: GroupQ
     """
     found: dict[str, StoredTensor] = dict(tensors)
     for name in tensors:
-        module, _, part = name.rpartition(".")
-        if part == "qweight":
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
             made = _group_tensor(tensors, module, quantisation)
             for used in ("qweight", "qzeros", "scales", "g_idx"):
                 found.pop(f"{module}.{used}", None)

@@ -47,8 +47,8 @@ def read_gguf_spec(path: Path) -> ModelSpec:
             raise metadata.fault("general.architecture", message)
         keys = ArchitectureKeys(checkpoint, architecture)
         for name, values in _HARMLESS.items():
-            if name in keys and (value := keys.value(name)) not in values:
-                raise keys.fault(name, f"{value!r:.80} is not supported")
+            if name in keys and not keys.is_one_of(name, values):
+                raise keys.fault(name, f"{keys.shown(name)} is not supported")
         spec = _READERS[architecture](keys, _vocab_size(checkpoint))
         if spec.num_parameters > MAX_PARAMETERS:
             message = f"the shape asks for {spec.num_parameters:,} parameters, past any real model"
@@ -134,12 +134,12 @@ def _spec(
 ) -> ModelSpec:
     """The spec of one architecture; `gemma_27b_layers` marks a Gemma, and how many layers its largest size has."""
     is_gemma = gemma_27b_layers is not None
-    num_layers = keys.integer("block_count", 1, 1024)
+    num_layers = keys.num_layers
     hidden_size = keys.integer("embedding_length", 1, 1 << 17)
-    num_heads = keys.same_in_every_layer("attention.head_count", num_layers, 1, 1024)
+    num_heads = keys.same_in_every_layer("attention.head_count", 1, 1024)
     num_kv_heads = num_heads
     if "attention.head_count_kv" in keys:
-        num_kv_heads = keys.same_in_every_layer("attention.head_count_kv", num_layers, 1, num_heads)
+        num_kv_heads = keys.same_in_every_layer("attention.head_count_kv", 1, num_heads)
     if num_heads % num_kv_heads:
         raise keys.fault("attention.head_count_kv", f"{num_kv_heads} does not divide {num_heads} attention heads")
     head_dim = _head_dim(keys, hidden_size, num_heads)
@@ -150,7 +150,7 @@ def _spec(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=keys.same_in_every_layer("feed_forward_length", num_layers, 1, 1 << 20),
+        intermediate_size=keys.same_in_every_layer("feed_forward_length", 1, 1 << 20),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -159,7 +159,9 @@ def _spec(
         windows=windows,
         ropes=tuple(rope if window is None else narrow for window in windows),
         rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon", 1e-12, 1.0),
-        attention_scale=_attention_scale(keys, head_dim, hidden_size // num_heads, num_layers == gemma_27b_layers),
+        attention_scale=_attention_scale(
+            keys, hidden_size // num_heads if num_layers == gemma_27b_layers else head_dim
+        ),
         tie_word_embeddings="output.weight" not in keys.tensors,
         dtype=_dtype(keys),
         activation="gelu_tanh" if is_gemma else "silu",
@@ -209,20 +211,22 @@ def _windows(
     if not window:
         return (None,) * num_layers
     name = "attention.sliding_window_pattern"
-    slides = keys.flags(name, num_layers)
+    slides = keys.flags(name)
     if slides is None:
         period = keys.optional_integer(name, 0, 1024)
         period = default_period if period is None else period
-        slides = [period == 0 or layer % period < period - 1 for layer in range(num_layers)]
+        slides = tuple(period == 0 or layer % period < period - 1 for layer in range(num_layers))
     return tuple(window if slide else None for slide in slides)
 
 
-def _attention_scale(keys: ArchitectureKeys, head_dim: int, hidden_per_head: int, is_gemma_27b: bool) -> float:
+def _attention_scale(keys: ArchitectureKeys, scalar: int) -> float:
+    # No key holds Gemma's `query_pre_attn_scalar`; the 27B sizes are those in which it is not head_dim.
     scale = keys.optional_number("attention.scale", 0.0, 1e3)
     if scale:
         return scale
-    # No key holds Gemma's `query_pre_attn_scalar`; the 27B sizes are those in which it is not head_dim.
-    return float((hidden_per_head if is_gemma_27b else head_dim) ** -0.5)
+    if not scalar:
+        raise keys.fault("attention.head_count", "more heads than embedding_length has columns, which give no scale")
+    return float(scalar**-0.5)
 
 
 def _softcap(keys: ArchitectureKeys, name: str, *, default: float | None) -> float | None:

@@ -24,9 +24,18 @@ class ArchitectureKeys:
         """The error to raise about a key."""
         return self._metadata.fault(self._key(name), message)
 
-    def value(self, name: str) -> object:
-        """The value, whatever its type."""
-        return self._metadata.value(self._key(name))
+    @property
+    def num_layers(self) -> int:
+        """How many layers the model has."""
+        return self.integer("block_count", 1, 1024)
+
+    def is_one_of(self, name: str, values: tuple[object, ...]) -> bool:
+        """Whether the key holds one of these, none of which is an array."""
+        return self._metadata.is_one_of(self._key(name), values)
+
+    def shown(self, name: str) -> str:
+        """The value in at most 80 characters."""
+        return self._metadata.shown(self._key(name))
 
     def optional_text(self, name: str) -> str | None:
         """A string."""
@@ -48,25 +57,22 @@ class ArchitectureKeys:
         """A finite number from `low` to `high`."""
         return self.number(name, low, high) if name in self else None
 
-    def same_in_every_layer(self, name: str, num_layers: int, low: int, high: int) -> int:
+    def same_in_every_layer(self, name: str, low: int, high: int) -> int:
         """An integer, given once or as one for each layer, which must be equal."""
         if not self._metadata.is_array(self._key(name)):
             return self.integer(name, low, high)
+        self._check_layers(name)
         values = self._metadata.integers(self._key(name), low, high)
-        if len(values) != num_layers:
-            raise self.fault(name, f"has {len(values):,} entries for {num_layers:,} layers")
         if len(set(values)) > 1:
             raise self.fault(name, "differs from layer to layer, which is not supported")
         return values[0]
 
-    def flags(self, name: str, num_layers: int) -> list[bool] | None:
+    def flags(self, name: str) -> tuple[bool, ...] | None:
         """An array of one true or false for each layer; None where the value is no array."""
         if not self._metadata.is_array(self._key(name)):
             return None
-        values = self.value(name)
-        if not isinstance(values, list) or len(values) != num_layers or any(value not in (0, 1) for value in values):
-            raise self.fault(name, f"expected {num_layers:,} of true or false, one for each layer")
-        return [bool(value) for value in values]
+        self._check_layers(name)
+        return self._metadata.flags(self._key(name))
 
     def floats_of(self, located: Located, count: int, low: float, high: float) -> tuple[float, ...]:
         """The elements of a small float32 vector."""
@@ -81,6 +87,9 @@ class ArchitectureKeys:
         if not all(low <= value <= high for value in values):
             raise ModelError(f"{path}: tensor '{info.name}': expected numbers from {low:g} to {high:g}")
         return values
+
+    def _check_layers(self, name: str) -> None:
+        self._metadata.check_count(self._key(name), self.num_layers, self.num_layers, "layers")
 
     def _key(self, name: str) -> str:
         return f"{self.architecture}.{name}"

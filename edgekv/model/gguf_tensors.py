@@ -19,6 +19,7 @@ import numpy as np
 from edgekv.errors import ModelError
 from edgekv.formats.gguf_checkpoint import GgufCheckpoint, Located
 from edgekv.kernels.quant.encodings import F32, Encoding
+from edgekv.model.gguf_keys import ArchitectureKeys
 from edgekv.model.stored import StoredTensor
 
 _OUTSIDE = {
@@ -166,23 +167,6 @@ class GgufTensors:
         """The file, of several the first."""
         return self._checkpoint.source
 
-    def rope_factors(self, count: int) -> tuple[float, ...] | None:
-        """What each of the `count` rotary frequencies is divided by (Llama 3), or None where they are plain.
-
-        Raises ModelError where the file has another number of them, or one that is no divisor.
-        """
-        located = self._checkpoint.tensors.get(_ROPE_FACTORS)
-        if located is None:
-            return None
-        stored = GgufTensor(located)
-        if stored.shape != (count,) or stored.encoding != F32:
-            raise stored.fault(f"is {stored.encoding.name} {list(stored.shape)}, but heads ask for f32 [{count}]")
-        factors = np.empty(count, "<f4")
-        stored.read_rows(0, factors.view(np.uint8).data)
-        if not (np.isfinite(factors) & (factors > 0)).all():
-            raise stored.fault("holds a number that is not positive and finite")
-        return tuple(factors.tolist())
-
     def close(self) -> None:
         """Close all files; may be called again."""
         self._checkpoint.close()
@@ -205,8 +189,10 @@ def _kinds(architecture: str, checkpoint: GgufCheckpoint) -> Callable[[str, Loca
         return lambda name, located: (_LessOne if name.endswith("norm.weight") else GgufTensor)(located)
     if architecture != "llama":
         return lambda name, located: GgufTensor(located)
-    heads = checkpoint.metadata.integer("llama.attention.head_count", 1, _MAX_HEADS)
-    kv_heads = checkpoint.metadata.optional_integer("llama.attention.head_count_kv", 1, _MAX_HEADS) or heads
+    keys = ArchitectureKeys(checkpoint, architecture)
+    heads = kv_heads = keys.same_in_every_layer("attention.head_count", 1, _MAX_HEADS)
+    if "attention.head_count_kv" in keys:
+        kv_heads = keys.same_in_every_layer("attention.head_count_kv", 1, _MAX_HEADS)
 
     def of_llama(name: str, located: Located) -> StoredTensor:
         if ".q_proj." in name:

@@ -17,8 +17,11 @@ T = TypeVar("T")
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r:.80} appears twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {name[:80]!r} appears twice")
+            seen.add(name)
     return found
 
 
@@ -26,7 +29,7 @@ def _no_constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_object(text: bytes, origin: str) -> dict[str, object]:
+def parse_object(text: bytes | bytearray, origin: str) -> dict[str, object]:
     """The JSON object in `text`; raises ModelError that starts with `origin`."""
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)

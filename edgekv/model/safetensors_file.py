@@ -1,13 +1,15 @@
 """One safetensors file: its header, checked before a byte of it is believed, and its bytes, read where they are wanted.
 
 Runs in: anywhere (no torch); owns: an open file. The bytes are read, not mapped: a file that is cut short or replaced
-while it is mapped ends the process with SIGBUS, and a mapped weight would change under a running model.
+while it is mapped ends the process with SIGBUS, and a mapped weight would change under a running model. One descriptor
+serves header and data: what was checked is what is read, whatever the path names by then.
 
     | 8 bytes: header length n, little-endian | n bytes: JSON {name: {dtype, shape, data_offsets}} | data |
 """
 
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,56 +43,57 @@ class TensorEntry:
     num_bytes: int
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of the file by name; raises ModelError naming the file and, where there is one, the tensor.
-
-    Proves that every tensor lies inside the file, that none overlaps another, that no byte is unaccounted for and
-    that shape and dtype ask for exactly the bytes given.
-    """
-    try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or length > file_bytes - 8:
-                raise ModelError(
-                    f"{path}: truncated or not a safetensors file: {file_bytes:,} bytes, header of {length:,}"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise ModelError(f"{path}: header of {length:,} bytes is over the limit of {MAX_HEADER_BYTES:,}")
-            text = file.read(length)
-    except OSError as fault:
-        raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
-    entries = _entries(path, parse_object(text, f"{path}: header"), data_start=8 + length)
-    _check_layout(path, entries, data_start=8 + length, file_bytes=file_bytes)
-    return {entry.name: entry for entry in entries}
-
-
 class SafetensorsFile:
-    """A file with a checked header, open for reading; a context manager."""
+    """A file with a checked header, open for reading; a context manager. Its methods may be called from any thread.
+
+    Invariant: every tensor lies inside the file, none overlaps another, no byte is unaccounted for, and shape and dtype
+    ask for exactly the bytes given. `entries` are the tensors by name.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises ModelError as `read_header` does."""
+        """Raises ModelError naming the file and, where there is one, the tensor."""
         self.path = path
-        self.entries = read_header(path)
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as fault:
             raise ModelError(f"{path}: cannot be read: {fault.strerror or fault}") from None
+        with ExitStack() as opening:
+            opening.callback(self._file.close)
+            self.entries = self._read_header()
+            opening.pop_all()
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        path, prefix = self.path, bytearray(8)
+        file_bytes = os.fstat(self._file.fileno()).st_size
+        if file_bytes >= 8:
+            self._fill(0, memoryview(prefix), "header")
+        length = int.from_bytes(prefix, "little")
+        if file_bytes < 8 or length > file_bytes - 8:
+            raise ModelError(f"{path}: truncated or not a safetensors file: {file_bytes:,} bytes, header of {length:,}")
+        if length > MAX_HEADER_BYTES:
+            raise ModelError(f"{path}: header of {length:,} bytes is over the limit of {MAX_HEADER_BYTES:,}")
+        text = bytearray(length)
+        self._fill(8, memoryview(text), "header")
+        entries = _entries(path, parse_object(text, f"{path}: header"), data_start=8 + length)
+        _check_layout(path, entries, data_start=8 + length, file_bytes=file_bytes)
+        return {entry.name: entry for entry in entries}
 
     def read_into(self, entry: TensorEntry, start: int, buffer: memoryview) -> None:
         """Fill `buffer` (of bytes) with the tensor's bytes from `start`; raises ModelError where the file ends."""
-        if start + len(buffer) > entry.num_bytes:
+        if start < 0 or start + len(buffer) > entry.num_bytes:
             raise ValueError(f"{entry.name}: {start} + {len(buffer)} bytes asked of {entry.num_bytes}")
+        self._fill(entry.offset + start, buffer, f"tensor '{entry.name}'")
+
+    def _fill(self, offset: int, buffer: memoryview, what: str) -> None:
         done = 0
         try:
-            self._file.seek(entry.offset + start)
             while done < len(buffer):
-                count = self._file.readinto(buffer[done:])
+                count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
                 if not count:
-                    raise ModelError(f"{self.path}: tensor '{entry.name}': the file was cut short while it was read")
+                    raise ModelError(f"{self.path}: {what}: the file was cut short while it was read")
                 done += count
         except OSError as fault:
-            raise ModelError(f"{self.path}: tensor '{entry.name}': cannot be read: {fault.strerror}") from None
+            raise ModelError(f"{self.path}: {what}: cannot be read: {fault.strerror}") from None
 
     def close(self) -> None:
         """Close the file; may be called again."""

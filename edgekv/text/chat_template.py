@@ -16,11 +16,11 @@ from edgekv.config.model_path import gguf_at
 from edgekv.errors import ModelError
 from edgekv.text.control_text import free_marks
 from edgekv.text.errors import TemplateError
-from edgekv.text.template_sandbox import LimitExceeded, Limits, TemplateEnvironment
+from edgekv.text.template_costs import LimitExceeded, Limits
+from edgekv.text.template_sandbox import TemplateEnvironment
 from edgekv.text.tokenizer import Tokenizer
-from edgekv.text.tokenizer_files import read_tokenizer_files
+from edgekv.text.tokenizer_files import MAX_TEMPLATE_CHARS, read_tokenizer_files
 
-MAX_TEMPLATE_CHARS = 1 << 20
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -9,6 +9,7 @@ Runs in: anywhere; owns: nothing that changes.
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,8 @@ class ControlText:
         self.ids = {text: token_id for text, token_id in ids.items() if text}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._heads = {text[:k] for text in longest_first for k in range(1, len(text))}
-        self._tails = {text[k:] for text in longest_first for k in range(1, len(text))}
-        self._longest = max(map(len, longest_first), default=0)
+        self._forwards = _Heads(self.ids)
+        self._backwards = _Heads(text[::-1] for text in self.ids)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where control tokens are spelled, longest first at each place, as (start, end)."""
@@ -101,12 +101,28 @@ class ControlText:
         return [(start, end) for (start, end), place in spans if (place, target[start:end]) in known]
 
     def _begins_token(self, text: str) -> bool:
-        text = text.rstrip()
-        return any(text[-k:] in self._heads for k in range(1, min(len(text), self._longest) + 1))
+        return self._forwards.end(text.rstrip())
 
     def _ends_token(self, text: str) -> bool:
-        text = text.lstrip()
-        return any(text[:k] in self._tails for k in range(1, min(len(text), self._longest) + 1))
+        return self._backwards.end(text.lstrip()[: self._backwards.longest][::-1])
+
+
+class _Heads:
+    """The beginnings of texts, found without a copy of each: together they are as long as the square of the texts."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = sorted(texts)
+        self._first_chars = {text[0] for text in self._texts}
+        self.longest = max(map(len, self._texts), default=0)
+
+    def end(self, text: str) -> bool:
+        """Whether a text ends with the beginning of one of ours, and not with the whole of it."""
+        starts = range(max(0, len(text) - self.longest), len(text))
+        return any(text[start] in self._first_chars and self._has(text[start:]) for start in starts)
+
+    def _has(self, head: str) -> bool:
+        at = bisect_right(self._texts, head)  # whatever begins with it follows it
+        return at < len(self._texts) and self._texts[at].startswith(head)
 
 
 def _places(spans: list[tuple[int, int]], text: str) -> Iterator[tuple[tuple[int, int], int]]:

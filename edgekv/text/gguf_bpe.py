@@ -18,7 +18,7 @@ from edgekv.text.vocabulary import DecodeRules
 
 _MERGES_KEY = "tokenizer.ggml.merges"
 _PRE_KEY = "tokenizer.ggml.pre"
-_MAX_MERGES = 1 << 23
+_MAX_MERGES = 1 << 21
 
 
 def read_gguf_bpe(
@@ -45,8 +45,8 @@ def read_gguf_bpe(
     add_bos = cut.add_bos if files.add_bos is None else files.add_bos
     _surround(tokenizer, vocabulary, files.named, add_bos=add_bos, add_eos=bool(files.add_eos))
     files = replace(files, added=files.added | _added(vocabulary))
-    rules = DecodeRules(byte_level=True)
-    return JsonTokenizer(tokenizer, rules, files.named, files, empty_ids=padding, max_bytes=max_bytes)
+    rules, name = DecodeRules(byte_level=True), metadata.path.name
+    return JsonTokenizer(name, tokenizer, rules, files.named, files, empty_ids=padding, max_bytes=max_bytes)
 
 
 def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
@@ -65,9 +65,8 @@ def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
 
 def _merges(metadata: Metadata) -> list[tuple[str, str]]:
     """Each is "left right", since no byte is written as a space; whether they are tokens the library will say."""
+    metadata.check_count(_MERGES_KEY, 0, _MAX_MERGES, "merges")
     lines = metadata.texts(_MERGES_KEY)
-    if len(lines) > _MAX_MERGES:
-        raise metadata.fault(_MERGES_KEY, f"{len(lines):,} merges are past any real vocabulary")
     merges = [(left, right) for left, _, right in map(str.partition, lines, repeat(" "))]
     for index, (left, right) in enumerate(merges):
         if not left or not right:

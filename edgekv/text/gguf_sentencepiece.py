@@ -101,13 +101,12 @@ def _check_bytes(metadata: Metadata, pieces: Sequence[str], kinds: Sequence[Toke
 
 
 def _scores(metadata: Metadata, num_tokens: int) -> Sequence[float]:
+    metadata.check_count(_SCORES_KEY, num_tokens, num_tokens, "tokens")
     field = metadata.field(_SCORES_KEY)
     if field is not None and field.element == ValueType.INT32:
         scores: Sequence[float] = metadata.integers(_SCORES_KEY, -(1 << 31), 1 << 31)
     else:
         scores = metadata.numbers(_SCORES_KEY)
-    if len(scores) != num_tokens:
-        raise metadata.fault(_SCORES_KEY, f"has {len(scores):,} entries for {num_tokens:,} tokens")
     if not all(map(math.isfinite, scores)) or max(map(abs, scores)) > _MAX_SCORE:
         raise metadata.fault(_SCORES_KEY, f"holds a score that is no number from -{_MAX_SCORE:g} to {_MAX_SCORE:g}")
     return scores

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edgekv.formats.gguf_checkpoint import GgufCheckpoint
 from edgekv.formats.gguf_values import Metadata
 from edgekv.formats.gguf_vocabulary import GgufVocabulary, read_vocabulary
-from edgekv.text.tokenizer_files import TokenizerFiles
+from edgekv.text.tokenizer_files import MAX_TEMPLATE_CHARS, TokenizerFiles
 
 if TYPE_CHECKING:
     from edgekv.text.tokenizer import Tokenizer
@@ -80,8 +80,11 @@ def _flag(metadata: Metadata, key: str) -> bool | None:
 
 def _chat_templates(metadata: Metadata) -> dict[str, str]:
     """Templates by name."""
-    return {
-        key.removeprefix(_TEMPLATE_KEY).removeprefix(".") or "default": metadata.text(key)
-        for key in metadata
-        if key == _TEMPLATE_KEY or key.startswith(f"{_TEMPLATE_KEY}.")
-    }
+    templates: dict[str, str] = {}
+    for key in metadata:
+        if key == _TEMPLATE_KEY or key.startswith(f"{_TEMPLATE_KEY}."):
+            text = metadata.text(key)
+            if len(text) > MAX_TEMPLATE_CHARS:
+                raise metadata.fault(key, f"a chat template longer than {MAX_TEMPLATE_CHARS:,} characters")
+            templates[key.removeprefix(_TEMPLATE_KEY).removeprefix(".") or "default"] = text
+    return templates

@@ -30,16 +30,21 @@ class JsonTokenizer(VocabularyTokenizer):
     """A tokenizer of the library.
 
     Args:
+        name: what errors call the file.
         tokenizer: taken over, and given the added tokens of `files`.
         rules: how its pieces become text.
         named: "bos_token" … as templates see them.
         files: what lies beside it.
         empty_ids: ids whose pieces are no tokens, and never in a text.
         max_bytes: the longest text.
+
+    Raises:
+        ModelError: control tokens past any real ones.
     """
 
     def __init__(
         self,
+        name: str,
         tokenizer: tokenizers.Tokenizer,
         rules: DecodeRules,
         named: Mapping[str, str],
@@ -58,10 +63,9 @@ class JsonTokenizer(VocabularyTokenizer):
             pieces[token_id] = token.content
         for token_id in empty_ids:
             pieces[token_id] = None
-        control = {token.content: token_id for token_id, token in added.items() if files.is_control(token)}
         super().__init__(
             Vocabulary(pieces, (token_id for token_id, token in added.items() if token.special), rules),
-            ControlText(control),
+            ControlText(files.control_ids(name, added)),
             {key: named[key] for key in NAMED_TOKENS if key in named},
             {key: vocabulary[text] for key, text in named.items() if text in vocabulary},
             max_bytes=max_bytes,
@@ -94,7 +98,7 @@ class JsonTokenizer(VocabularyTokenizer):
                 raise ModelError(f"{path.name}: decoder: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, rules, named, files, max_bytes=max_bytes)
+        return cls(path.name, tokenizer, rules, named, files, max_bytes=max_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""

@@ -40,7 +40,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         max_bytes: the longest text.
 
     Raises:
-        ModelError: not a sentencepiece model, or added tokens that contradict it.
+        ModelError: not a sentencepiece model, added tokens that contradict it, or control tokens past any real ones.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
                 (token_id for token_id, token in added.items() if token.special),
                 DecodeRules(replacements=((SPACE_MARK, " "),), byte_fallback=True, strip_left=int(prefix)),
             ),
-            ControlText({token.content: token_id for token_id, token in added.items() if files.is_control(token)}),
+            ControlText(files.control_ids(name, added)),
             named,
             {key: id_of[text] for key, text in named.items() if text in id_of},
             max_bytes=max_bytes,

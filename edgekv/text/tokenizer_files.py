@@ -8,7 +8,7 @@ Runs in: anywhere; owns: nothing.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from edgekv.errors import ModelError
 CONFIG_FILE = "tokenizer_config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_FILE_BYTES = 256 << 20
+MAX_TEMPLATE_CHARS = 1 << 20
+# Real ones have some 30 characters each and, where a model also speaks or draws, a million together.
+MAX_CONTROL_CHARS = 256
+MAX_ALL_CONTROL_CHARS = 2 << 20
+_MAX_SEARCHED_CHARS = 2 << 30  # a second or two; the largest real vocabulary and template come to a tenth of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +56,45 @@ class TokenizerFiles:
     add_prefix_space: bool | None
     chat_templates: dict[str, str]
 
-    def is_control(self, token: AddedToken) -> bool:
-        """Whether text that spells this token must never become its id when it comes from a person.
+    def control_ids(self, name: str, added: Mapping[int, AddedToken]) -> dict[str, int]:
+        """The tokens whose text must never become their id when it comes from a person, by text.
 
         All special tokens; and of the others those written like one (`<|tool|>`) or named by the chat template
         (`<think>`), but not plain white space, which some vocabularies add as tokens.
+
+        Raises:
+            ModelError: control tokens longer, or more of them, than any real ones; `name` is what errors call the file.
         """
-        content = token.content
-        if token.special:
-            return True
-        if not content or content.isspace():
-            return False
-        if content.startswith(("<|", "<｜")) and content.endswith(("|>", "｜>")):
-            return True
-        return any(content in template for template in self.chat_templates.values())
+        plain = sum(not _looks_like_control(token) for token in added.values())
+        if plain * sum(map(len, self.chat_templates.values())) > _MAX_SEARCHED_CHARS:
+            raise ModelError(f"{name}: {plain:,} added tokens cannot be looked for in chat templates as long as these")
+        control: dict[str, int] = {}
+        total_chars = 0
+        for token_id, token in added.items():
+            text = token.content
+            if not _looks_like_control(token) and not self._names(text):
+                continue
+            if len(text) > MAX_CONTROL_CHARS:
+                raise ModelError(
+                    f"{name}: token {token_id}: a control token of {len(text):,} characters, {text[:40]!r}…, is over "
+                    f"the limit of {MAX_CONTROL_CHARS} that no real one comes near"
+                )
+            control[text] = token_id
+            total_chars += len(text)
+        if total_chars > MAX_ALL_CONTROL_CHARS:
+            raise ModelError(
+                f"{name}: its {len(control):,} control tokens have {total_chars:,} characters, over the limit of "
+                f"{MAX_ALL_CONTROL_CHARS:,} that no real ones come near"
+            )
+        return control
+
+    def _names(self, text: str) -> bool:
+        return bool(text.strip()) and any(text in template for template in self.chat_templates.values())
+
+
+def _looks_like_control(token: AddedToken) -> bool:
+    content = token.content
+    return token.special or (content.startswith(("<|", "<｜")) and content.endswith(("|>", "｜>")))
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -102,7 +132,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         add_eos=_flag(config, "add_eos_token"),
         legacy=_flag(config, "legacy"),
         add_prefix_space=_flag(config, "add_prefix_space"),
-        chat_templates=_chat_templates(folder, config),
+        chat_templates=_bounded(folder, _chat_templates(folder, config)),
     )
 
 
@@ -183,6 +213,14 @@ def _token_text(value: Any) -> str | None:
 def _flag(config: dict[str, Any], key: str) -> bool | None:
     value = config.get(key)
     return value if isinstance(value, bool) else None
+
+
+def _bounded(folder: Path, templates: dict[str, str]) -> dict[str, str]:
+    for name, text in templates.items():
+        if len(text) > MAX_TEMPLATE_CHARS:
+            what = f"chat template {name!r:.80}"
+            raise ModelError(f"{folder.name}: {what}: longer than {MAX_TEMPLATE_CHARS:,} characters")
+    return templates
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:

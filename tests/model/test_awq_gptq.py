@@ -189,6 +189,13 @@ def test_a_weight_beside_its_quantised_self(awq: Path) -> None:
         logits(awq)
 
 
+@pytest.mark.parametrize("name", ["qweight", ".qweight"])
+def test_a_quantised_weight_of_no_layer(name: str, awq: Path) -> None:
+    edit(awq, lambda tensors: tensors.update({name: torch.zeros(2, 2, dtype=torch.int32)}))
+    with pytest.raises(ModelError, match=rf"tensor '{re.escape(name)}': "):
+        logits(awq)
+
+
 def test_parts_of_nothing_are_left_over(awq: Path) -> None:
     edit(awq, lambda tensors: tensors.update({"model.layers.0.mlp.gate.scales": torch.zeros(2, 2)}))
     with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.gate\.scales': is not part of the model"):

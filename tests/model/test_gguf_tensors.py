@@ -205,15 +205,8 @@ def test_a_tied_head_is_absent(tmp_path: Path, family: Family) -> None:
     stored.close()
 
 
-def test_rope_factors_are_no_tensor_of_the_model(family: Family, made: tuple[Path, dict[str, Wanted]]) -> None:
+def test_rope_factors_are_no_tensor_of_the_model(made: tuple[Path, dict[str, Wanted]]) -> None:
     stored = GgufTensors(GgufCheckpoint(made[0]))
-    factors = stored.rope_factors(DIM // 2)
-    if family.name == "llama":
-        assert factors == tuple(np.linspace(1, 8, DIM // 2, dtype=np.float32).tolist())
-        with pytest.raises(ModelError, match=r"tensor 'rope_freqs.weight': is f32 \[8\], but heads ask for f32 \[9\]"):
-            stored.rope_factors(9)
-    else:
-        assert factors is None
     assert not any("rope" in name for name in stored.tensors)
     stored.close()
 
@@ -227,12 +220,18 @@ def test_closing_closes_the_file(made: tuple[Path, dict[str, Wanted]]) -> None:
 
 
 def opened(
-    folder: Path, architecture: str, *tensors: Tensor, heads: int = 2, kv_heads: int | None = None
+    folder: Path,
+    architecture: str,
+    *tensors: Tensor,
+    heads: int | list[int] = 2,
+    kv_heads: int | list[int] | None = None,
 ) -> GgufTensors:
     keys = [image.Key("general.architecture", image.STRING, architecture)]
-    keys.append(image.Key(f"{architecture}.attention.head_count", image.U32, heads))
-    if kv_heads is not None:
-        keys.append(image.Key(f"{architecture}.attention.head_count_kv", image.U32, kv_heads))
+    keys.append(image.Key(f"{architecture}.block_count", image.U32, 2))
+    for name, value in (("head_count", heads), ("head_count_kv", kv_heads)):
+        if value is not None:
+            kind = image.ARRAY if isinstance(value, list) else image.U32
+            keys.append(image.Key(f"{architecture}.attention.{name}", kind, value))
     path = folder / "model.gguf"
     path.write_bytes(Image(keys, tensors).build())
     with ExitStack() as opening:
@@ -284,18 +283,22 @@ def test_heads_of_keys_are_as_many_as_of_queries_where_nothing_is_said(tmp_path:
         stored.close()
 
 
+def test_heads_may_be_counted_for_each_layer(tmp_path: Path) -> None:
+    rows = np.arange(8, dtype=np.uint8).repeat(4)
+    tensor = Tensor("blk.0.attn_k.weight", "f32", (8, 1), rows.tobytes())
+    stored = opened(tmp_path, "llama", tensor, heads=[4, 4], kv_heads=[1, 1])
+    assert rows_of(stored.tensors["model.layers.0.self_attn.k_proj.weight"])[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    stored.close()
+    for key, counts in (("head_count", {"heads": [4, 2]}), ("head_count_kv", {"kv_heads": [1, 2]})):
+        with pytest.raises(ModelError, match=rf"key 'llama\.attention\.{key}'.*differs from layer to layer"):
+            opened(tmp_path, "llama", tensor, **counts)
+    with pytest.raises(ModelError, match=r"key 'llama\.attention\.head_count'.*has 3 entries for 2 layers"):
+        opened(tmp_path, "llama", tensor, heads=[4, 4, 4])
+
+
 def test_a_saved_table_of_rotations_is_ignored(tmp_path: Path) -> None:
     stored = opened(tmp_path, "llama", Tensor("blk.0.attn_rot_embd.weight", "f32", (4,)))
     assert not stored.tensors
-    stored.close()
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, np.inf, np.nan])
-def test_rope_factors_divide(tmp_path: Path, bad: float) -> None:
-    data = np.array([1, bad], np.float32).tobytes()
-    stored = opened(tmp_path, "llama", Tensor("rope_freqs.weight", "f32", (2,), data))
-    with pytest.raises(ModelError, match="holds a number that is not positive and finite"):
-        stored.rope_factors(2)
     stored.close()
 
 

@@ -182,11 +182,10 @@ def read_with_ours(path: Path) -> None:
         refusals: list[ModelError] = []
         for key in checkpoint.metadata:
             try:
-                checkpoint.metadata.value(key)
+                image.value_of(checkpoint.metadata, key)
             except ModelError as refusal:
                 refusals.append(refusal)
         tensors = GgufTensors(checkpoint)
-        tensors.rope_factors(4)
         for tensor in tensors.tensors.values():
             tensor.read_rows(0, memoryview(bytearray(tensor.num_bytes)))
         if refusals:

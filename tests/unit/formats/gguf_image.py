@@ -1,8 +1,11 @@
 """GGUF files written byte by byte, so that tests can write wrong ones; where each number lies is remembered."""
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+
+from edgekv.formats.gguf_values import Metadata, ValueType
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 CODES = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
@@ -133,3 +136,22 @@ class Image:
 
     def _pad(self) -> None:
         self._bytes += self.padding * (-len(self._bytes) % self.alignment)
+
+
+def value_of(metadata: Metadata, key: str) -> object:
+    """What a key holds, by the accessor of its type; of arrays in arrays, which have none, how many."""
+    field = metadata.field(key)
+    assert field is not None
+    wide = -(1 << 63), (1 << 64) - 1
+    match field.kind if field.element is None else field.element:
+        case ValueType.ARRAY:
+            return field.count
+        case ValueType.STRING:
+            return metadata.texts(key) if field.element is not None else metadata.text(key)
+        case ValueType.BOOL:
+            return list(metadata.flags(key)) if field.element is not None else metadata.flag(key, False)
+        case ValueType.FLOAT32 | ValueType.FLOAT64 if field.element is not None:
+            return list(metadata.numbers(key))
+        case ValueType.FLOAT32 | ValueType.FLOAT64:
+            return metadata.number(key, -math.inf, math.inf)
+    return list(metadata.integers(key, *wide)) if field.element is not None else metadata.integer(key, *wide)

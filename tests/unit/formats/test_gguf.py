@@ -14,7 +14,7 @@ from edgekv.formats import gguf as reader
 from edgekv.formats.gguf import GgufFile
 from tests.unit.formats import fuzz_gguf
 from tests.unit.formats import gguf_image as image
-from tests.unit.formats.gguf_image import Image, Key, Tensor
+from tests.unit.formats.gguf_image import Image, Key, Tensor, value_of
 
 LIE = 1 << 62
 ONE = Tensor("one", "f32", (2, 8))
@@ -283,4 +283,4 @@ def test_the_gguf_package_reads_the_same_files(tmp_path: Path) -> None:
             assert contents(ours, tensor.name) == tensor.data.tobytes()
             assert ours.tensors[tensor.name].shape == tuple(reversed(tensor.shape.tolist()))
         for key in ours.metadata:
-            assert ours.metadata.value(key) == theirs.fields[key].contents()
+            assert value_of(ours.metadata, key) == theirs.fields[key].contents()

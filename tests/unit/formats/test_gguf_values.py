@@ -15,7 +15,7 @@ from edgekv.formats import gguf_values
 from edgekv.formats.gguf import GgufFile
 from edgekv.formats.gguf_values import Metadata
 from tests.unit.formats import gguf_image as image
-from tests.unit.formats.gguf_image import Image, Key
+from tests.unit.formats.gguf_image import Image, Key, value_of
 
 INTEGERS = {image.U8: (0, 255), image.I8: (-128, 127), image.U16: (0, 65535), image.I16: (-32768, 32767)}
 INTEGERS |= {
@@ -46,7 +46,7 @@ def number_of(kind: int) -> st.SearchStrategy[object]:
         return st.text(max_size=20)
     if kind in INTEGERS:
         return st.integers(*INTEGERS[kind])
-    return st.floats(width=32 if kind == image.F32 else 64, allow_nan=False)
+    return st.floats(width=32 if kind == image.F32 else 64, allow_nan=False, allow_infinity=False)
 
 
 def scalar() -> st.SearchStrategy[tuple[int, int, object]]:
@@ -76,7 +76,8 @@ def test_values_of_all_types_are_read_back(
     metadata = read(tmp_path_factory.getbasetemp(), *keys)
     assert list(metadata) == [key.name for key in keys]
     assert len(metadata) == len(keys)
-    assert [metadata.value(key.name) for key in keys] == [key.value for key in keys]
+    flat = [len(key.value) if depth(key.value) > 1 else key.value for key in keys]  # type: ignore[arg-type]
+    assert [value_of(metadata, key.name) for key in keys] == flat
     assert [metadata.is_array(key.name) for key in keys] == [key.kind == image.ARRAY for key in keys]
 
 
@@ -92,6 +93,8 @@ def metadata(tmp_path: Path) -> Metadata:
         Key("texts", image.ARRAY, ["a", ""], image.STRING),
         Key("counts", image.ARRAY, [-1, 7], image.I8),
         Key("rates", image.ARRAY, [0.5, math.inf], image.F32),
+        Key("flags", image.ARRAY, [True, False], image.BOOL),
+        Key("bits", image.ARRAY, [0, 1], image.U8),
         Key("nothing", image.ARRAY, [], image.I8),
         Key("deep", image.ARRAY, [[1], [2]], image.U8),
     )
@@ -105,9 +108,21 @@ def test_each_accessor_reads_its_type(metadata: Metadata) -> None:
     assert isinstance(metadata.number("count", 0, 100), float)
     assert metadata.flag("on", False) is True
     assert metadata.texts("texts") == ["a", ""]
-    assert metadata.integers("counts", -1, 7) == [-1, 7]
-    assert metadata.integers("nothing", 0, 0) == []
-    assert metadata.numbers("rates") == [0.5, math.inf]
+    assert metadata.integers("counts", -1, 7) == (-1, 7)
+    assert metadata.integers("nothing", 0, 0) == ()
+    assert metadata.numbers("rates") == (0.5, math.inf)
+    assert metadata.flags("flags") == (True, False)
+    assert metadata.flags("bits") == (False, True)
+
+
+def test_a_value_is_one_of_several(metadata: Metadata) -> None:
+    assert metadata.is_one_of("count", (1, 40))
+    assert metadata.is_one_of("text", ("ä",))
+    assert not metadata.is_one_of("count", (1, 41))
+    assert not metadata.is_one_of("counts", ([-1, 7], (-1, 7)))
+    assert metadata.shown("count") == "40"
+    assert metadata.shown("text") == "'ä'"
+    assert metadata.shown("counts") == "an array of 2 int8"
 
 
 def test_what_is_absent(metadata: Metadata) -> None:
@@ -119,7 +134,8 @@ def test_what_is_absent(metadata: Metadata) -> None:
     assert metadata.flag("absent", False) is False
     assert not metadata.is_array("absent")
     assert metadata.field("absent") is None
-    for wanted in (metadata.text, metadata.texts, metadata.numbers, metadata.value):
+    metadata.check_count("absent", 1, 1, "things")
+    for wanted in (metadata.text, metadata.texts, metadata.numbers, metadata.flags, metadata.shown):
         with pytest.raises(ModelError, match=r"model\.gguf: key 'absent': is missing"):
             wanted("absent")
 
@@ -143,6 +159,9 @@ def test_what_is_absent(metadata: Metadata) -> None:
         ("integers", "rates", "expected an array of integers, found an array of 2 float32"),
         ("integers", "deep", "expected an array of integers, found an array of 2 array"),
         ("integers", "counts", "expected integers from 0 to 39, found -1 to 7"),
+        ("flags", "counts", "expected an array of true and false, found other numbers"),
+        ("flags", "rates", "expected an array of true and false, found an array of 2 float32"),
+        ("flags", "on", "expected an array of true and false, found bool"),
         ("numbers", "counts", "expected an array of floating-point numbers, found an array of 2 int8"),
     ],
 )
@@ -159,6 +178,48 @@ def test_text_that_is_not_utf8_matters_when_it_is_read(tmp_path: Path) -> None:
         found.text("bad")
     with pytest.raises(ModelError, match="key 'list' at byte 77: the string that ends at byte 94 is not UTF-8"):
         found.texts("list")
+
+
+def test_arrays_have_as_many_elements_as_are_wanted(metadata: Metadata) -> None:
+    metadata.check_count("counts", 2, 2, "things")
+    metadata.check_count("counts", 1, 3, "things")
+    metadata.check_count("count", 1, 3, "things")  # what is no array, its accessor refuses
+    with pytest.raises(ModelError, match=r"key 'counts' at byte \d+: has 2 entries for 3 things"):
+        metadata.check_count("counts", 3, 3, "things")
+    with pytest.raises(ModelError, match=r"key 'counts' at byte \d+: 2 things, which must be 3 to 1,000"):
+        metadata.check_count("counts", 3, 1000, "things")
+
+
+def test_what_is_of_another_type_is_refused_unread(tmp_path: Path) -> None:
+    """As objects, the array takes 16 times its bytes; written out, the string takes ten times its own."""
+    count = 1 << 20
+    path = tmp_path / "model.gguf"
+    keys = [Key("x", image.ARRAY, [], image.U8), Key("text", image.STRING, "\x00" * 5 * count)]
+    data = bytearray(Image(keys).build())
+    at = data.index(b"x" + bytes([image.ARRAY])) + 9
+    data[at : at + 8] = count.to_bytes(8, "little") + b"\xff" * count
+    path.write_bytes(data)
+    with GgufFile(path) as file:
+        metadata = file.metadata
+    tracemalloc.start()
+    for refuse in (
+        lambda: metadata.text("x"), lambda: metadata.integer("x", 0, 1), lambda: metadata.number("x", 0, 1),
+        lambda: metadata.flag("x", False), lambda: metadata.numbers("x"), lambda: metadata.texts("x"),
+        lambda: metadata.text("text"), lambda: metadata.shown("text"), lambda: metadata.is_one_of("text", (0,)),
+    ):  # fmt: skip
+        with pytest.raises(ModelError):
+            refuse()
+    assert metadata.shown("x") == f"an array of {count:,} uint8"
+    assert not metadata.is_one_of("x", (0,))
+    assert tracemalloc.get_traced_memory()[1] < count
+    tracemalloc.stop()
+
+
+def test_a_string_may_be_as_long_as_a_chat_template(tmp_path: Path) -> None:
+    longest = "ä" * (gguf_values.MAX_TEXT_BYTES // 2)
+    assert read(tmp_path, Key("text", image.STRING, longest)).text("text") == longest
+    with pytest.raises(ModelError, match=r"a string of 4,194,305 bytes is over the limit of 4,194,304"):
+        read(tmp_path, Key("text", image.STRING, longest + "a")).text("text")
 
 
 def lie(key: Key, mark: str, nth: int, value: int) -> bytes:
@@ -227,7 +288,7 @@ def test_strings_of_no_sane_number_are_walked_over_no_further_than_the_limit(
 
 def test_arrays_in_arrays_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_values, "MAX_ARRAYS", 3)
-    assert read(tmp_path, Key("list", image.ARRAY, [[1], [2]], image.U8)).value("list") == [[1], [2]]
+    assert read(tmp_path, Key("list", image.ARRAY, [[1], [2]], image.U8)).is_array("list")
     data = Image([Key("list", image.ARRAY, [[1], [2], [3]], image.U8)]).build()
     assert "or more than 3 of them" in refusal(tmp_path, data)
 

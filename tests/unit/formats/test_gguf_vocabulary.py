@@ -1,5 +1,6 @@
 """The vocabulary of a GGUF file: kinds, names and ends, and what contradicts itself."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from edgekv.errors import ModelError
 from edgekv.formats.gguf import GgufFile
 from edgekv.formats.gguf_vocabulary import GgufVocabulary, TokenKind, read_vocabulary
-from tests.unit.formats.gguf_image import ARRAY, I32, STRING, U32, Image, Key
+from tests.unit.formats.gguf_image import ARRAY, I32, STRING, U8, U32, Image, Key
 
 TEXTS = ["<unk>", "<s>", "</s>", "a", "", "[PAD5]", "[PAD5 ]", "<|im_end|>", "<end_of_turn>", "<|end|>"]
 KINDS = [2, 3, 4, 1, 1, 5, 5, 3, 4, 1]
@@ -69,3 +70,22 @@ def test_what_contradicts_itself_is_refused(
 def test_several_empty_tokens_are_no_twins(tmp_path: Path) -> None:
     found = read(tmp_path, ["", "a", ""], None)
     assert [found.is_padding(token_id) for token_id in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.ggml.tokens", "tokenizer.ggml.token_type"])
+def test_arrays_of_another_length_are_refused_unread(name: str, tmp_path: Path) -> None:
+    count = (1 << 22) + 1
+    keys = {"tokenizer.ggml.tokens": Key("tokenizer.ggml.tokens", ARRAY, ["a"], STRING)}
+    kind, size = (U8, count) if name == "tokenizer.ggml.token_type" else (STRING, 8 * count)
+    keys[name] = Key(name, ARRAY, [], kind)
+    data = Image(list(keys.values())).build()
+    data = data[:-8] + count.to_bytes(8, "little") + bytes(size)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    with GgufFile(path) as file:
+        metadata = file.metadata
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=r"4,194,305 (entries for 1 tokens|tokens, which must be 1 to 4,194,304)"):
+        read_vocabulary(metadata)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

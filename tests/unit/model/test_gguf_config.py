@@ -91,6 +91,18 @@ def test_the_largest_gemmas_scale_by_their_width(arch: str, layers: int, tmp_pat
         assert spec.attention_scale == per_head**-0.5
 
 
+@pytest.mark.parametrize(("arch", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemma_with_more_heads_than_columns_is_refused(arch: str, layers: int, tmp_path: Path) -> None:
+    metadata = {key.replace("llama", arch): value for key, value in LLAMA_METADATA.items()}
+    metadata |= {"general.architecture": arch, f"{arch}.block_count": layers, f"{arch}.attention.key_length": 16}
+    metadata |= {f"{arch}.attention.head_count": 128}
+    path = write_metadata(tmp_path / "model.gguf", metadata, EMBEDDING)
+    with pytest.raises(ModelError, match=rf"'{arch}\.attention\.head_count'.*more heads than embedding_length has"):
+        read_spec(path)
+    told = write_metadata(tmp_path / "told.gguf", metadata | {f"{arch}.attention.scale": 0.25}, EMBEDDING)
+    assert read_spec(told).attention_scale == 0.25
+
+
 def test_llama_3_comes_with_its_factors_worked_out(tiny: dict[str, Path], tmp_path: Path) -> None:
     ours, theirs = read_spec(make_gguf(tiny["llama3"], tmp_path / "model.gguf")), read_spec(tiny["llama3"])
     assert replace(ours, ropes=theirs.ropes) == theirs
@@ -159,8 +171,12 @@ def test_which_layers_slide_may_be_said(tmp_path: Path) -> None:
     assert windows(2) == (100, None, 100, None)
     assert windows(1) == (None,) * 4
     assert windows([True, True, False, True]) == (100, 100, None, 100)
-    with pytest.raises(ModelError, match=r"llama\.attention\.sliding_window_pattern.*one for each layer"):
+    with pytest.raises(ModelError, match=r"llama\.attention\.sliding_window_pattern.*has 1 entries for 4 layers"):
         windows([True])
+    with pytest.raises(ModelError, match=r"llama\.attention\.sliding_window_pattern.*found other numbers"):
+        windows([0, 1, 2, 1])
+    with pytest.raises(ModelError, match=r"llama\.attention\.sliding_window_pattern.*found an array of 4 string"):
+        windows(["a", "b", "c", "d"])
     assert set(read_spec(change(tmp_path, "attention.sliding_window", 0)).windows) == {None}
 
 
@@ -275,6 +291,11 @@ def test_what_is_left_out_means_what_llama_cpp_takes_it_to_mean(tmp_path: Path) 
         ("rope.scaling.factor", -1.0),
         ("rope.scaling.attn_factor", 1.2),
         ("expert_count", 8),
+        ("expert_count", [0, 0]),
+        ("attention.temperature_scale", 0.1),
+        ("rope.scaling.alpha", 1000.0),
+        ("embedding_scale", 12.0),
+        ("residual_scale", 0.22),
         ("logit_scale", 0.5),
     ],
 )
@@ -286,6 +307,8 @@ def test_a_wrong_key_is_named(key: str, value: object, tmp_path: Path) -> None:
 
 def test_harmless_values_of_what_is_not_supported_are_accepted(tmp_path: Path) -> None:
     harmless = {"expert_count": 0, "attention.causal": True, "logit_scale": 1.0, "attention.clamp_kqv": 0.0}
+    harmless |= {"attention.temperature_scale": 0.0, "rope.scaling.alpha": 0.0, "attention.max_alibi_bias": 0.0}
+    harmless |= {"embedding_scale": 1.0, "residual_scale": 1.0}
     read_spec(llama(tmp_path, None, **{f"llama.{name}": value for name, value in harmless.items()}))
     read_spec(change(tmp_path, "general.type", "model"))
 

@@ -1,9 +1,11 @@
 """Safetensors headers: what is right is read, what lies is refused by name, and nothing else ever comes out."""
 
+import gc
 import json
 import random
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from edgekv.errors import ModelError
-from edgekv.model.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile, TensorEntry, read_header
+from edgekv.model import safetensors_file
+from edgekv.model.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile, TensorEntry
 
 GOOD: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -34,6 +37,11 @@ def write(folder: Path, content: bytes) -> Path:
     return path
 
 
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    with SafetensorsFile(path) as file:
+        return file.entries
+
+
 def changed(name: str, **fields: Any) -> dict[str, Any]:
     return {**GOOD, name: {**GOOD[name], **fields}}
 
@@ -42,14 +50,15 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, packed(GOOD))
     start = len(packed(GOOD)) - 40
     with SafetensorsFile(path) as file:
-        assert file.entries == read_header(path)
+        assert file.entries.keys() == GOOD.keys() - {"__metadata__"}
         entry = file.entries["b.weight"]
         assert entry == TensorEntry("b.weight", "BF16", (4,), start + 24, 8)
         buffer = bytearray(6)
         file.read_into(entry, 2, memoryview(buffer))
         assert bytes(buffer) == DATA[26:32]
-        with pytest.raises(ValueError, match="7 bytes asked"):
-            file.read_into(entry, 2, memoryview(bytearray(7)))
+        for start, count in ((2, 7), (-1, 2)):
+            with pytest.raises(ValueError, match=f"{count} bytes asked"):
+                file.read_into(entry, start, memoryview(bytearray(count)))
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,42 @@ def test_a_file_cut_short_while_open_is_a_model_error(tmp_path: Path) -> None:
         path.write_bytes(packed(GOOD)[:-30])
         with pytest.raises(ModelError, match=r"tensor 'b\.weight': the file was cut short"):
             file.read_into(file.entries["b.weight"], 0, memoryview(bytearray(8)))
+
+
+def test_what_was_checked_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file takes the name of one that is open, or is just being opened."""
+    path, other = write(tmp_path, packed(GOOD)), tmp_path / "other"
+    check = safetensors_file._check_layout
+
+    def replaced(*args: Any, **kwargs: Any) -> None:
+        check(*args, **kwargs)
+        other.write_bytes(packed(GOOD, bytes(40)))
+        other.replace(path)
+
+    monkeypatch.setattr(safetensors_file, "_check_layout", replaced)
+    with SafetensorsFile(path) as file:
+        buffer = bytearray(24)
+        file.read_into(file.entries["a.weight"], 0, memoryview(buffer))
+        assert bytes(buffer) == DATA[:24]
+
+
+def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
+    path = write(tmp_path, packed(b"[]"))
+    with pytest.raises(ModelError):
+        SafetensorsFile(path)
+    gc.collect()  # a file left open is a ResourceWarning, which is an error here
+
+
+def test_threads_read_one_file(tmp_path: Path) -> None:
+    path = write(tmp_path, packed(GOOD))
+    with SafetensorsFile(path) as file, ThreadPoolExecutor(4) as pool:
+
+        def read(start: int) -> bytes:
+            buffer = bytearray(1)
+            file.read_into(file.entries["a.weight"], start, memoryview(buffer))
+            return bytes(buffer)
+
+        assert b"".join(pool.map(read, list(range(24)) * 200)) == DATA[:24] * 200
 
 
 def accepted(path: Path) -> dict[str, TensorEntry] | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from edgekv.errors import EdgeKVError, ModelError
 from edgekv.text.chat_template import ChatTemplate, load_chat_template
 from edgekv.text.errors import TemplateError
-from edgekv.text.template_sandbox import Limits
+from edgekv.text.template_costs import Limits
 from edgekv.text.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.text.published_templates import PUBLISHED, QWEN_3
 from tests.unit.text.tiny_tokenizers import CHATML, write_byte_bpe, write_sentencepiece

@@ -1,12 +1,15 @@
 """Wrong tokenizer metadata in a GGUF file is named, and no metadata whatever does worse than be refused."""
 
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgekv.errors import ModelError
+from edgekv.text import gguf_bpe
+from edgekv.text.chat_template import load_chat_template
 from edgekv.text.errors import TextError
 from edgekv.text.tokenizer import Tokenizer, load_tokenizer
 from tests.model.gguf_files import make_vocabulary, write_metadata
@@ -26,7 +29,7 @@ from tests.model.gguf_files import make_vocabulary, write_metadata
     ("sentencepiece", "token_type", "x", "expected an array of integers"),
     ("sentencepiece", "scores", None, "is missing"),
     ("sentencepiece", "scores", [0.5], "1 entries for"),
-    ("sentencepiece", "scores", ["a"], "floating-point"),
+    ("sentencepiece", "scores", ["a"] * 700, "floating-point"),
     ("sentencepiece", "bos_token_id", 10**6, "expected an integer from 0 to"),
     ("sentencepiece", "eos_token_id", -1, "expected an integer from 0 to"),
     ("sentencepiece", "eot_token_id", "x", "expected an integer"),
@@ -94,6 +97,35 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
         changes = {"tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", text], "token_type": [1, 3, 3, 1, 1, 1, 5]}
         with pytest.raises(ModelError, match="row 6 stands for no token"):
             load(tmp_path, SPM, **changes, unknown_token_id=6)
+
+
+@pytest.mark.parametrize(("base", "kind"), [(SPM, 3), (BPE, 3), (SPM, 4), (BPE, 4)])
+def test_a_control_token_of_no_sane_length_is_refused(base: dict[str, object], kind: int, tmp_path: Path) -> None:
+    texts, kinds = base["tokenizer.ggml.tokens"], base["tokenizer.ggml.token_type"]
+    assert isinstance(texts, list)
+    assert isinstance(kinds, list)
+    long = "<|" + "x" * 2_000 + "|>"
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=rf"^model\.gguf: token {len(texts)}: a control token of 2,004 characters"):
+        load(tmp_path, base, tokens=[*texts, long], token_type=[*kinds, kind], scores=[0.0] * (len(texts) + 1))
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
+
+
+def test_merges_past_any_real_vocabulary_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_bpe, "_MAX_MERGES", 1)
+    assert load(tmp_path, BPE).vocab_size == 5
+    with pytest.raises(ModelError, match=r"key 'tokenizer\.ggml\.merges'.*2 merges, which must be 0 to 1"):
+        load(tmp_path, BPE, merges=["a b", "b a"])
+
+
+def test_a_template_past_any_real_one_is_refused_before_tokens_are_looked_for_in_it(tmp_path: Path) -> None:
+    template = {"tokenizer.chat_template": "x" * ((1 << 20) + 1)}
+    for base in (SPM, BPE):
+        with pytest.raises(ModelError, match=r"key 'tokenizer\.chat_template'.*longer than 1,048,576 characters"):
+            load(tmp_path, base | template)
+    with pytest.raises(ModelError, match=r"key 'tokenizer\.chat_template'.*longer than 1,048,576 characters"):
+        load_chat_template(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("base", [SPM, BPE], ids=["spm", "bpe"])

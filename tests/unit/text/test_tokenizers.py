@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from edgekv.errors import ModelError
 from edgekv.text.errors import TextError, TextTooLong, UnknownTokenId
 from edgekv.text.tokenizer import Tokenizer, load_tokenizer
+from edgekv.text.tokenizer_files import CONFIG_FILE
 from tests.unit.text.tiny_tokenizers import (
     IM_END,
     SPECIALS,
@@ -278,6 +279,38 @@ def test_a_broken_file_is_named(name: str, content: bytes, message: str, tmp_pat
     folder = write_sentencepiece(tmp_path)
     (folder / name).write_bytes(content)
     with pytest.raises(ModelError, match=message):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("with_json", [False, True])
+def test_a_control_token_of_no_sane_length_is_named(with_json: bool, tmp_path: Path) -> None:
+    name = "tokenizer.json" if with_json else "tokenizer.model"
+    for long, fits in (("<|" + "x" * 252 + "|>", True), ("<|" + "x" * 253 + "|>", False)):
+        write_sentencepiece(tmp_path, with_json=with_json, added_tokens_decoder={"700": {"content": long}})
+        if fits:
+            assert long in load_tokenizer(tmp_path).control_text.ids
+        else:
+            with pytest.raises(ModelError, match=rf"^{name}: token \d+: a control token of 257 characters"):
+                load_tokenizer(tmp_path)
+
+
+def test_a_control_token_inside_of_tokenizer_json_is_named(tmp_path: Path) -> None:
+    write_byte_bpe(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["content"] = "<|" + "x" * 1000 + "|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"^tokenizer\.json: token \d+: a control token of 1,004 characters"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "additional_chat_templates/rag.jinja", CONFIG_FILE])
+def test_a_template_past_any_real_one_is_refused_before_tokens_are_looked_for_in_it(place: str, tmp_path: Path) -> None:
+    long = "x" * ((1 << 20) + 1)
+    folder = write_sentencepiece(tmp_path, chat_template=long if place == CONFIG_FILE else None)
+    if place != CONFIG_FILE:
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(long)
+    with pytest.raises(ModelError, match=r"chat template '(default|rag)': longer than 1,048,576 characters"):
         load_tokenizer(folder)
 
 
