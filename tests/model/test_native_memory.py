@@ -85,3 +85,27 @@ def test_memory_of_an_idle_pool_is_gone_as_soon_as_it_is_given_back() -> None:
     given_back = memory.facts.given_back_bytes
     assert given_back >= 4 * SEGMENT
     assert before - read_own().resident_bytes > 0.9 * given_back
+
+
+def test_scratch_grows_with_the_longest_step() -> None:
+    """What the library writes to is what it asked for, step by step."""
+    core, _ = assemble(
+        replace(EngineSettings(target_path(), CPU), kv_budget=SEGMENT, native=True),
+        progress=lambda done, total, stage: None,
+    )
+    asked: list[int] = []
+    pool = core.runner.model._pool  # type: ignore[attr-defined]
+    ask = pool.attend_shared_bytes
+
+    def noted(attend: abi.Attend) -> int:
+        asked.append(ask(attend))
+        return asked[-1]
+
+    pool.attend_shared_bytes = noted
+    model, held = core.runner.model, core.runner.model._shared.num_bytes  # type: ignore[attr-defined]
+    for number in range(4):
+        core.submit(SequenceSpec(number, (5,) * 3000, SamplingParams(max_tokens=3, temperature=0.0)))
+    while core.busy:
+        core.step()
+    assert model._shared.num_bytes == max(asked) > held
+    assert core.runner.workspace_bytes == model._arena.num_bytes + max(asked)  # type: ignore[attr-defined]

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -493,3 +495,31 @@ def test_what_is_asked_for_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert default_threads(tmp_path, tmp_path) == threads
+
+
+EXIT = """
+import sys, threading
+from edgekv.engine.measure_kernels import LinearCase, NativeKernels
+from edgekv.kernels.cpu.program import Pool
+from tests.kernels.cpu.room import library
+
+kernels = NativeKernels(Pool(library(), 2))
+runs, begun = kernels._pool.run, threading.Event()
+
+def run(*arguments):
+    begun.set()
+    runs(*arguments)
+
+kernels._pool.run = run
+case = LinearCase("f32", 4096, 4096, 4096)
+threading.Thread(target=kernels.linear, args=(case,), daemon=True).start()
+begun.wait()
+sys.exit(70)
+"""
+
+
+def test_a_process_may_end_while_a_thread_is_in_the_middle_of_a_run() -> None:
+    """The engine's thread is left where it is when it does not come back."""
+    root = Path(__file__).parents[3]
+    ended = subprocess.run([sys.executable, "-c", EXIT], cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 70, ended.stderr

@@ -101,3 +101,8 @@ def test_shapes_are_numbers_with_an_x_between() -> None:
     assert dimensions("2048x8192", "--shapes", 2) == (2048, 8192)
     with pytest.raises(typer.BadParameter, match="has 3 numbers, not 2"):
         dimensions("1x2x3", "--shapes", 2)
+
+
+def test_what_the_kernels_read_are_small_numbers_in_every_format() -> None:
+    numbers = measure_kernels._small_numbers(4096)
+    assert sorted(set(numbers.tolist())) == [*range(0x28, 0x30)]
