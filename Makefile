@@ -3,10 +3,14 @@
 #   make serve        set up, then serve (CONFIG=config.yaml, else the demo model) and print the URL
 #   make test         set up, then run the whole test suite
 #   make lint         ruff, flake8-async, mypy --strict, import-linter
+#   make kernel-matrix  compile the GPU kernels for every card: registers, resident warps, spills
+#   make test-gpu     kernels and engine on the card that torch sees; EDGEKV_GPU_TESTS=host: on fibers of the host
+#   make bench-gpu    what they do on it, against its own bandwidth and other programs (ARGS='--quick --out')
 #   make guard        play the traces of bench/traces against a real server: does the memory guard keep its promises?
 #
 # PYTHON=python3.12 chooses the interpreter; PIP_ARGS passes options to pip (another index, a proxy);
-# CONSTRAINTS= (empty) lets pip choose the newest torch, for instance its CUDA build.
+# CONSTRAINTS= (empty) lets pip choose the newest torch, for instance its CUDA build. test-gpu and bench-gpu install
+# nothing: GPU_PYTHON names an interpreter whose torch sees the card (.venv's if there is one, else PYTHON).
 
 PYTHON      ?= python3
 PIP_ARGS    ?=
@@ -14,6 +18,7 @@ CONSTRAINTS ?= constraints.txt
 CONFIG      ?=
 ARGS        ?=
 PYTEST_ARGS ?=
+GPU_PYTHON  ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON))
 
 # Threads that spin while they wait starve whoever shares the two cores with them.
 export GOMP_SPINCOUNT ?= 1000
@@ -24,7 +29,7 @@ PIP  := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar 
         $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DELETE_ON_ERROR:
-.PHONY: help serve test coverage lint format bench guard demo-model schema wheel clean
+.PHONY: help serve test test-gpu coverage lint format bench bench-gpu kernel-matrix guard demo-model schema wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' $(MAKEFILE_LIST)
@@ -55,6 +60,11 @@ serve: $(VENV)/serve.stamp
 test: $(VENV)/dev.stamp
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(PYTEST_ARGS)
 
+# Where there may be no plugins of pytest: see tests/gpu/alone.ini.
+test-gpu:
+	@HF_HUB_OFFLINE=1 timeout -k 10 330 $(GPU_PYTHON) -m pytest -c tests/gpu/alone.ini --rootdir . \
+	  --confcutdir tests/gpu -q tests/gpu $(PYTEST_ARGS)
+
 coverage: $(VENV)/dev.stamp
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --cov --cov-report=term $(PYTEST_ARGS)
 
@@ -69,6 +79,12 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/serve.stamp
 	@$(BIN)/python bench/serve.py $(ARGS)
+
+bench-gpu:
+	@HF_HUB_OFFLINE=1 $(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+kernel-matrix: $(VENV)/dev.stamp
+	@$(BIN)/python packaging/kernel_matrix.py $(ARGS)
 
 guard: $(VENV)/dev.stamp
 	@$(BIN)/python -m bench.guard $(or $(TRACES),$(wildcard bench/traces/*.json)) $(ARGS)
