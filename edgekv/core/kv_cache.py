@@ -103,14 +103,20 @@ class KVCache:
         sequence.num_computed += match.partial_tokens
         return [BlockCopy(partial.block, fresh[0], match.partial_tokens)]
 
+    def missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that the sequence's table lacks to cover `num_tokens`."""
+        return max(0, self.blocks_for(num_tokens) - len(sequence.block_table))
+
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether blocks for all of the sequence's tokens can be had."""
-        missing = self.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
-        return missing <= self.obtainable_blocks
+        return self.missing_blocks(sequence, len(sequence.tokens)) <= self.obtainable_blocks
 
-    def grow(self, sequence: Sequence) -> None:
-        """Extend the block table to cover all of the sequence's tokens. Raises OutOfBlocks, changing nothing."""
-        missing = self.blocks_for(len(sequence.tokens)) - len(sequence.block_table)
+    def grow(self, sequence: Sequence, num_tokens: int | None = None) -> None:
+        """Extend the block table to cover `num_tokens`, or all that the sequence has.
+
+        Raises OutOfBlocks, changing nothing.
+        """
+        missing = self.missing_blocks(sequence, len(sequence.tokens) if num_tokens is None else num_tokens)
         if missing > 0:
             sequence.block_table += self._take(missing)
 

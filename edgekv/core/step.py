@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from edgekv.core.pressure import PoolFacts
 from edgekv.core.sequence import FinishReason, Sequence
 
+# In a step that was planned before the step before it has been read: the token that this one samples for the sequence.
+UNKNOWN = -1
+
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
@@ -22,6 +25,9 @@ class Chunk:
     Positions `start .. start + len(token_ids) - 1`. `block_table` covers them all: token position p lives in block
     `block_table[p // block_size]`, slot `p % block_size`. `samples` says whether the chunk ends at the sequence's
     last known token, so that its last row's logits choose the next one.
+
+    `token_ids` of a step that was planned ahead are (UNKNOWN,): the device takes the token from what the step before
+    sampled for the same sequence.
     """
 
     sequence: Sequence
@@ -43,6 +49,11 @@ class StepPlan:
     copies: tuple[BlockCopy, ...]
     chunks: tuple[Chunk, ...]
     preempted: tuple[int, ...] = ()
+
+    @property
+    def sampling(self) -> tuple[Chunk, ...]:
+        """The chunks that sample, in order: row i of the logits is that of chunk i of these."""
+        return tuple(chunk for chunk in self.chunks if chunk.samples)
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +144,8 @@ class EngineStats:
     """A snapshot after a step; counters only grow.
 
     `most_blocks`: what the pool has had and may have again, `pinned_blocks` what of it is always taken. `forward_s`:
-    seconds in the model's forward pass; of a card, those in which it was given its work.
+    seconds in the model's forward pass; of a card, those in which it was given its work. `ahead_steps`: steps that a
+    card was given while it was still busy with the one before.
     """
 
     pool: PoolStats
@@ -151,6 +163,7 @@ class EngineStats:
     memory: MemoryStats | None = None
     most_blocks: int = 0
     pinned_blocks: int = 0
+    ahead_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

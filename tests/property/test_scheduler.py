@@ -214,7 +214,7 @@ def test_a_prompt_that_is_done_costs_a_decode_nothing() -> None:
             return super().get(*args)
 
     engine = SimulatedEngine(128, Limits(max_sequences=2, max_step_tokens=8, mixed_step_tokens=8))
-    keys = engine.scheduler._prefilling_keys = CountingDict()
+    keys = engine.scheduler._prefilling_keys._owners = CountingDict()
     submit(engine, 0, [0] * 80, 20)
     while engine.scheduler.running == [] or engine.scheduler.running[0].num_uncomputed > 1:
         engine.step()
