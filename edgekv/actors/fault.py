@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from edgekv.actors.stream import Failed
 from edgekv.engine.driver import DeviceLost
+from edgekv.engine.memory_errors import is_out_of_memory
 from edgekv.errors import EdgeKVError
 
 # torch.AcceleratorError by its name, because nothing here needs torch for anything else.
@@ -27,6 +28,8 @@ class Verdict:
 
 def is_device_error(error: BaseException) -> bool:
     """Whether the device is lost to this process: such errors are sticky and come back with every call."""
+    if is_out_of_memory(error):
+        return False  # torch says it in the words of a lost device where its own allocator was not asked
     if isinstance(error, DeviceLost) or any(kind.__name__ == _DEVICE_ERROR_TYPE for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and str(error).startswith(_DEVICE_ERROR_PREFIXES)

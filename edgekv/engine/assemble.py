@@ -15,13 +15,17 @@ from edgekv.core.block_pool import BlockPool
 from edgekv.core.capacity import DtypeChoice, MemoryPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVDtypeName
+from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.sequence import Sequence, SequenceSpec
 from edgekv.core.step import Chunk, StepPlan
+from edgekv.engine.card_load import load_card_runner
+from edgekv.engine.card_runner import CardRunner
 from edgekv.engine.core import EngineCore
 from edgekv.engine.kv_pool import BlockMemory, KVPool
+from edgekv.engine.memory_errors import give_back_cached
 from edgekv.engine.native import choose_kernels, load_native, native_kv_pool
 from edgekv.engine.native_runner import NativeRunner
 from edgekv.engine.pinned import PinnedPrefixes
@@ -48,7 +52,7 @@ TORCH_DTYPES: dict[KVDtypeName, torch.dtype] = {
 }
 
 
-ModelRunner: TypeAlias = Runner | NativeRunner
+ModelRunner: TypeAlias = Runner | NativeRunner | CardRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ def assemble(
 
     `sources`: how a card's memory is read; None for the usual ways.
     """
+    give_back_cached()  # of an engine before this one: it would be measured as this one's own
     spec = read_spec(settings.folder)
     tokenizer = load_tokenizer(settings.folder)
     generation = _with_end_of_text(read_generation_config(settings.folder), tokenizer.eos_id)
@@ -107,6 +112,8 @@ def assemble(
         torch.set_num_threads(1)
         pool = native_pool = native_kv_pool(spec, memory)
         runner = NativeRunner(native, native_pool)
+    elif kernels.card is not None:
+        pool, runner = load_card_runner(settings, spec, choice, memory, kernels.card, progress)
     else:
         if place.kind == "cpu":
             torch.set_num_threads(default_threads())
@@ -129,12 +136,22 @@ def assemble(
         progress(pool.num_bytes, memory.kv.pool_bytes, "KV pool")
     cache = KVCache(blocks, PrefixCache(memory.kv.block_size) if settings.prefix_cache else None)
     limits = Limits(
-        max_sequences=settings.max_sequences, max_step_tokens=settings.max_step_tokens, weights=settings.weights
+        max_sequences=settings.max_sequences,
+        max_step_tokens=settings.max_step_tokens,
+        weights=settings.weights,
+        # A card's block tables have rows of that length.
+        context_tokens=memory.context_tokens if isinstance(runner, CardRunner) else None,
     )
     sampler = Sampler(spec.vocab_size, device)
     progress(0, 0, "first step")
     _warm_up(runner, sampler, blocks)
-    core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments)
+    pipeline = None
+    if isinstance(runner, CardRunner):
+        runner.warm_up()
+        runner.capture(memory.graphs_bytes, lambda done, total: progress(done, total, "capturing decode graphs"))
+        pipeline = runner
+        _lease_rest(ledger, place, sources)
+    core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments, pipeline=pipeline)
     if prompts:
         pins = PinnedPrefixes(cache, ledger, block_bytes=memory.kv.block_bytes)
         pins.load(
@@ -169,12 +186,29 @@ def _with_end_of_text(generation: GenerationDefaults, eos_id: int | None) -> Gen
     return replace(generation, eos_token_ids=(*generation.eos_token_ids, eos_id))
 
 
+def _lease_rest(ledger: Ledger, place: Place, sources: Listing[Source]) -> None:
+    """A lease for what the card holds of this process beyond all leases: code of kernels and of torch's libraries.
+
+    It is there whatever the budget says, which makes room for it as for the runtime (see `engine.runtime`).
+    """
+    rest = measure_runtime(place, ledger.leased_bytes, sources).num_bytes - ledger.leased_bytes
+    if rest > 0:
+        ledger.set_budget(ledger.budget_bytes + rest)
+        ledger.reserve("libraries", rest)
+
+
 def _warm_up(runner: ModelRunner, sampler: Sampler, blocks: BlockPool) -> None:
     """Run a short prompt and one decode, so that what torch sets up on first use is no client's to wait for."""
     [block] = blocks.allocate(1)
-    spec = SequenceSpec(id=0, prompt=(0,) * (blocks.block_size - 1), sampling=SamplingParams(max_tokens=1))
+    # Of a length that fits any step and, with the decoded token, any block.
+    prompt = (0,) * min(blocks.block_size - 1, 15)
+    spec = SequenceSpec(id=0, prompt=prompt, sampling=SamplingParams(max_tokens=1))
     sequence = Sequence.from_spec(spec, arrival=0)
     for start, token_ids in ((0, spec.prompt), (len(spec.prompt), (0,))):
         plan = StepPlan(copies=(), chunks=(Chunk(sequence, start, token_ids, (block,), samples=True),))
-        sampler.sample(runner.forward(plan), [SampleRow(spec.sampling, sequence.tokens, sequence.num_prompt)])
+        rows = [SampleRow(spec.sampling, sequence.tokens, sequence.num_prompt)]
+        if isinstance(runner, CardRunner):
+            runner.begin(plan, rows, None).result()
+        else:
+            sampler.sample(runner.forward(plan), rows)
     blocks.release(block, keep=False)

@@ -9,7 +9,6 @@ to decide.
 """
 
 import contextlib
-import gc
 import inspect
 import queue
 import threading
@@ -22,6 +21,7 @@ import trio
 
 from edgekv.core.sequence import FinishReason, SequenceSpec
 from edgekv.core.step import EngineStats, Resize, StepReport
+from edgekv.engine.memory_errors import give_back_cached
 from edgekv.errors import EdgeKVError
 
 IDLE_STEP_S = 0.002
@@ -204,7 +204,7 @@ class ThreadDriver(Generic[FactsT]):
             with contextlib.suppress(_Stopped):
                 self._soon(self._news.fault, error)
         # A core in a reference cycle would keep its memory while the next one asks for as much again.
-        gc.collect()
+        give_back_cached()
         with contextlib.suppress(trio.RunFinishedError):
             self._trio.run_sync_soon(self._gone.set)
 

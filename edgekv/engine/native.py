@@ -1,4 +1,4 @@
-"""The native CPU kernels for one engine: whether they run its model, and how it is loaded for them.
+"""Our own kernels for one engine: whether they run its model, and how it is loaded for those of the processor.
 
 Runs in: the thread that loads; owns: nothing once it returns.
 """
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.engine.card_device import Card
+from edgekv.engine.kernel_needs import CARD_KERNELS, Lacking, NotServedHere, not_served
 from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.settings import EngineSettings, weight_form
 from edgekv.kernels.cpu.abi import Matrix
@@ -25,22 +27,23 @@ from edgekv.model.packed_weights import PackedPart
 from edgekv.model.packing import load_packed
 from edgekv.model.spec import ModelSpec
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 COMPILING = "compiling the CPU kernels (once)"
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What runs the model: the kernels of `pool`, or torch where there is none.
+    """What runs the model: the kernels of `pool` on the processor, those of `card`, or torch where there is neither.
 
-    `title` is short, for people: "avx512 kernels, 2 threads". `loss`: why torch runs a model on the CPU, what that
-    costs and what can be done.
+    `title` is short, for people: "avx512 kernels, 2 threads". `loss`: why torch runs a model that kernels could, what
+    that costs and what can be done.
     """
 
     pool: Pool | None
     title: str
     loss: str | None = None
+    card: Card | None = None
 
 
 def choose_kernels(
@@ -48,11 +51,14 @@ def choose_kernels(
 ) -> tuple[EngineSettings, Kernels]:
     """The kernels of an engine, compiled first if need be, and its settings with `native` decided.
 
-    Where they cannot run a model on the CPU, torch does, and the log says so once. `progress` is called many times a
-    second while they are compiled, and may raise to stop that.
+    Where they cannot run a model, torch does, and the log says so once. `progress` is called while they are compiled,
+    and may raise to stop that. Raises WrongTorch for a card that torch itself has
+    no code for, and NotServedHere where the settings need kernels that a card does not get.
     """
-    if settings.place.kind != "cpu" or settings.native is False:
+    if settings.native is False:
         return replace(settings, native=False), Kernels(None, "torch")
+    if settings.place.kind == "card":
+        return _choose_card(settings, spec, progress)
     reason = unsupported(spec, settings.block_size)
     remedy = ""
     if reason is None:
@@ -69,7 +75,26 @@ def choose_kernels(
     loss = f"{reason}. torch runs it, several times slower"
     if remedy:
         loss += f"; {remedy}"
-    _log.warning("the native CPU kernels cannot run this model: %s", loss)
+    log.warning("the native CPU kernels cannot run this model: %s", loss)
+    return replace(settings, native=False), Kernels(None, "torch", loss)
+
+
+def _choose_card(
+    settings: EngineSettings, spec: ModelSpec, progress: Callable[[int, int, str], None]
+) -> tuple[EngineSettings, Kernels]:
+    from edgekv.engine.card_load import is_driven_by_torch, open_card
+
+    if not is_driven_by_torch(settings):
+        return replace(settings, native=False), Kernels(None, "torch")
+    card = open_card(settings, spec, progress)
+    if not isinstance(card, Lacking):
+        return replace(settings, native=True), Kernels(None, "the card's kernels", card=card)
+    if (unmet := next(not_served(settings, native=False), None)) is not None:
+        raise NotServedHere(*unmet, replace(card, needed=CARD_KERNELS))
+    loss = f"{card.reason}. torch runs it, several times slower"
+    if card.remedy:
+        loss += f"; {card.remedy}"
+    log.warning("the card's kernels cannot run this model: %s", loss)
     return replace(settings, native=False), Kernels(None, "torch", loss)
 
 
@@ -77,7 +102,7 @@ def _threads() -> int:
     try:
         asked_threads()
     except ValueError as error:
-        _log.warning("%s", error)
+        log.warning("%s", error)
     return default_threads()
 
 

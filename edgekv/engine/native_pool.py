@@ -45,7 +45,7 @@ class NativeKVPool(BlockMemory[NativeSegment]):
     ) -> None:
         """An empty pool. Raises ValueError for a format or a size that the kernels do not have."""
         super().__init__(shape, device=_CPU, block_size=block_size, segment_blocks=segment_blocks)
-        if not KV_FORMATS[kv_format].is_served(native=True):
+        if "cpu" not in KV_FORMATS[kv_format].engines:
             raise ValueError(f"the CPU kernels keep no keys and values in {kv_format}")
         if block_size % 16 or shape.head_dim % 16:
             raise ValueError(f"block size {block_size} and head dim {shape.head_dim} must be multiples of 16")

@@ -45,8 +45,3 @@ class SegmentMemory:
         self.data = None
         # The pool's end empties it (cudaFree): only after the tensor, or it would still be in use.
         self._pool = None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is the host's or the device's allocator that failed (torch's CPU allocator raises RuntimeError)."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -13,7 +13,7 @@ from edgekv.core.scheduler import Scheduler
 from edgekv.core.step import MemoryStats
 from edgekv.engine.canary import slow_segments, time_reads
 from edgekv.engine.kv_pool import BlockMemory
-from edgekv.engine.segment_memory import is_out_of_memory
+from edgekv.engine.memory_errors import is_out_of_memory
 from edgekv.engine.settings import KV_LEASE
 from edgekv.errors import OverBudget
 

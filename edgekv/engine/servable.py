@@ -11,7 +11,7 @@ from edgekv.config.document import Path
 from edgekv.config.model_path import gguf_at
 from edgekv.config.settings import Config, Model
 from edgekv.demo import target_path
-from edgekv.engine.kernel_needs import NotServedHere, only_native, why_not_native
+from edgekv.engine.kernel_needs import NotServedHere, not_served, why_not_served
 from edgekv.engine.settings import ContextTooLong, EngineSettings
 from edgekv.errors import ModelError
 from edgekv.model.hf_config import read_spec
@@ -43,17 +43,19 @@ def _faults(config: Config, model: Model, where: Path) -> Iterator[tuple[Path, s
     settings = EngineSettings.from_config(config, model, Place("cpu", "cpu", "CPU", 0))
     if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
         yield (*where, "context"), str(ContextTooLong(settings.context_tokens, spec.max_position_embeddings))
-    needs = dict(only_native(settings))
+    needs = dict(not_served(settings, native=False))
     if "weights" in needs and before is not None:
         del needs["weights"]
         what = f"is for weights that are not quantised, and the model's are {before} already"
         yield (*where, "weights"), f"{model.weights} {what}: leave it at auto, or take another file"
-    if not needs or (lacking := why_not_native(replace(settings, place=_place(config, model)), spec)) is None:
+    if not needs:
         return
+    settings = replace(settings, place=_place(config, model))
     paths: dict[str, Path] = {"weights": (*where, "weights")}
     paths["kv.dtype"] = ("kv", "dtype") if model.kv.dtype is None else (*where, "kv", "dtype")
     for setting, value in needs.items():
-        yield paths[setting], NotServedHere(setting, value, lacking).advice
+        if (lacking := why_not_served(settings, spec, setting)) is not None:
+            yield paths[setting], NotServedHere(setting, value, lacking).advice
 
 
 def _place(config: Config, model: Model) -> Place:

@@ -7,12 +7,17 @@ from pathlib import Path
 from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
 from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, WeightBytes, choose_dtype, plan_memory
-from edgekv.core.kv_format import KVDtypeName
+from edgekv.core.dtype_choice import without_bfloat16
+from edgekv.core.kv_format import KVDtypeName, kv_alignment
 from edgekv.core.ledger import Ledger
-from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, only_native, why_not_native
+from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, kv_engine, not_served, why_not_on_card, why_not_served
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
 from edgekv.errors import EdgeKVError, OverBudget
 from edgekv.kernels.cpu.threads import default_threads
+from edgekv.model import card_memory
+from edgekv.model.card_layout import card_bytes
+from edgekv.model.card_memory import CardLimits, matrix_facts
+from edgekv.model.card_shape import has_bfloat16
 from edgekv.model.matrix_layout import WeightForm, WeightsName
 from edgekv.model.native_shape import unsupported
 from edgekv.model.spec import ModelSpec
@@ -30,8 +35,8 @@ class EngineSettings:
 
     `kv_budget` is in bytes (int) or a share of the device's free memory (float). `draft`: a draft model to keep room
     for beside it. `pinned_prompts`: beginnings of prompts to compute at load and keep. `weights`: see `Limits`.
-    `weight_format`: what the model's weights are quantised to when they are loaded. `native`: whether the native CPU
-    kernels run the model; None: where they are available and can.
+    `weight_format`: what the model's weights are quantised to when they are loaded. `native`: whether our own kernels
+    run the model, those of the processor or of the card; None: where they are available and can.
     """
 
     folder: Path
@@ -73,11 +78,11 @@ class EngineSettings:
 
 
 def runs_natively(settings: EngineSettings, spec: ModelSpec) -> bool:
-    """Whether the native CPU kernels are to run the model."""
+    """Whether our own kernels are to run the model; a card's are taken to be available."""
     if settings.native is not None:
         return settings.native
-    if settings.place.kind != "cpu":
-        return False
+    if settings.place.kind == "card":
+        return why_not_on_card(settings, spec) is None
     from edgekv.kernels.cpu.library import available
 
     return unsupported(spec, settings.block_size) is None and available()
@@ -106,9 +111,13 @@ def weigh(
             native=native,
             stored=table.dtypes,
         )
-    if native:
-        return choice, native_bytes(table, spec, weight_form(settings, choice))
-    return choice, plain_bytes(spec, choice.name)
+    if settings.place.kind == "card" and not has_bfloat16(settings.place.target):
+        choice = without_bfloat16(choice, is_gemma=spec.architecture.startswith("Gemma"))
+    if not native:
+        return choice, plain_bytes(spec, choice.name)
+    if settings.place.kind == "card":
+        return choice, card_bytes(table, spec, weight_form(settings, choice), choice.name)
+    return choice, native_bytes(table, spec, weight_form(settings, choice))
 
 
 def plan_engine(
@@ -117,20 +126,25 @@ def plan_engine(
     """How the device's free memory is shared out; the same arithmetic as `edgekv plan`.
 
     `table`: what the model's files hold; None to read their headers. Raises ModelError for files that could not be
-    loaded, ContextTooLong, and NotServedHere for what only the native kernels can do.
+    loaded, ContextTooLong, and NotServedHere for what only other kernels can do.
     """
     place, native = settings.place, runs_natively(settings, spec)
     if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
         raise ContextTooLong(settings.context_tokens, spec.max_position_embeddings)
-    unmet = None if native else next(only_native(settings), None)
+    unmet = next(not_served(settings, native=native), None)
     if unmet is not None:
-        raise NotServedHere(*unmet, why_not_native(settings, spec) or NOT_IN_USE)
+        raise NotServedHere(*unmet, why_not_served(settings, spec, unmet[0]) or NOT_IN_USE)
     if table is None:
         table = read_weight_table(settings.folder, spec)
     choice, weights = weigh(settings, spec, table, native=native)
     context_tokens = settings.context_tokens or spec.max_position_embeddings
-    workspace = None
-    if native:
+    workspace = graphs = None
+    if native and place.kind == "card":
+        limits = card_limits(settings, spec)
+        facts = matrix_facts(table, spec, weight_form(settings, choice), choice.name)
+        workspace = card_memory.workspace_bytes(spec, limits, facts, choice.name)
+        graphs = card_memory.graphs_bytes(spec, limits)
+    elif native:
         workspace = workspace_bytes(
             spec,
             native_inputs(table, spec, weight_form(settings, choice)),
@@ -154,10 +168,20 @@ def plan_engine(
         max_step_tokens=settings.max_step_tokens,
         weights=weights,
         workspace=workspace,
+        graphs=graphs,
         kv_budget=settings.kv_budget,
         draft=settings.draft,
+        kv_alignment=kv_alignment(kv_engine(settings, native=native)),
     )
     return choice, memory
+
+
+def card_limits(settings: EngineSettings, spec: ModelSpec) -> CardLimits:
+    """The most that a step on a card may have."""
+    context_tokens = settings.context_tokens or spec.max_position_embeddings
+    # A step has at least a token of each sequence.
+    tokens = max(settings.max_step_tokens, settings.max_sequences)
+    return CardLimits(tokens, settings.max_sequences, -(-context_tokens // settings.block_size))
 
 
 class ContextTooLong(EdgeKVError):

@@ -1,8 +1,8 @@
-"""A model as a list of operations for the native CPU kernels: the same mathematics as the torch layers, in their order.
+"""A model as a list of operations for our own kernels: the same mathematics as the torch layers, in their order.
 
 Runs in: anywhere (no torch); owns: nothing. One lowering serves every architecture, because a ModelSpec says all in
-which they differ. Activations between the operations are float32; what a matrix multiplies with is rounded to what its
-panels take (kernels/cpu/src/ek.h).
+which they differ, and every device, because a matrix says itself what it is. On the CPU activations between the
+operations are float32; what a matrix multiplies with is rounded to what its panels take (kernels/cpu/src/ek.h).
 
 A lowering over declared weights costs nothing but reading headers, and tells what a model will take.
 """
@@ -10,13 +10,13 @@ A lowering over declared weights costs nothing but reading headers, and tells wh
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
 from edgekv.kernels.cpu.abi import Epilogue, Form, OpKind
-from edgekv.kernels.cpu.formats import PanelFormat, activation_form
 from edgekv.model.native_shape import unsupported as unsupported
-from edgekv.model.packed_weights import MatrixSource, PackedMatrix, Vector
+from edgekv.model.packed_weights import MatrixSource, MatrixT, Vector
 from edgekv.model.spec import ModelSpec, RopeSpec
 from edgekv.model.step_memory import Slot
 
@@ -25,7 +25,7 @@ NO_FORM = Form(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operation:
+class Operation(Generic[MatrixT]):
     """One ek_op, with its matrices and vectors themselves."""
 
     kind: OpKind
@@ -37,7 +37,7 @@ class Operation:
     layer: int = 0
     window: int | None = None
     rope: int = 0
-    matrix: PackedMatrix | None = None
+    matrix: MatrixT | None = None
     epilogue: Epilogue = Epilogue.STORE
     eps: float = 0.0
     scale: float = 1.0
@@ -48,13 +48,13 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoweredModel:
+class LoweredModel(Generic[MatrixT]):
     """`inputs` are the most columns that prepared activations have, by form. `ropes` are the
     tables' by number.
     """
 
     spec: ModelSpec
-    operations: tuple[Operation, ...]
+    operations: tuple[Operation[MatrixT], ...]
     inputs: dict[Form, int]
     ropes: tuple[RopeSpec, ...]
 
@@ -71,23 +71,23 @@ class LoweredModel:
         return sum(matrices.values()) + sum(vectors.values())
 
 
-def lower(spec: ModelSpec, weights: MatrixSource) -> LoweredModel:
+def lower(spec: ModelSpec, weights: MatrixSource[MatrixT]) -> LoweredModel[MatrixT]:
     """Asks `weights` for every tensor of the model, and raises what it raises."""
     return _Lowering(spec, weights).run()
 
 
-class _Lowering:
-    def __init__(self, spec: ModelSpec, weights: MatrixSource) -> None:
+class _Lowering(Generic[MatrixT]):
+    def __init__(self, spec: ModelSpec, weights: MatrixSource[MatrixT]) -> None:
         self._spec, self._weights = spec, weights
         self._is_gemma = spec.post_norms
-        self._ops: list[Operation] = []
+        self._ops: list[Operation[MatrixT]] = []
         self._inputs: dict[Form, int] = {}
         self._ropes: dict[RopeSpec, int] = {}
 
-    def run(self) -> LoweredModel:
+    def run(self) -> LoweredModel[MatrixT]:
         spec, hidden = self._spec, self._spec.hidden_size
         table = self._weights.matrix(("model.embed_tokens.weight",), ((spec.vocab_size, hidden),))
-        scale = _rounded(math.sqrt(hidden), table) if self._is_gemma else 1.0
+        scale = table.rounded(math.sqrt(hidden)) if self._is_gemma else 1.0
         self._add(OpKind.EMBED, dst=Slot.RESIDUAL, width=hidden, matrix=table, scale=scale)
         for layer, rope in enumerate(spec.ropes):
             self._layer(layer, self._rope(rope))
@@ -161,7 +161,7 @@ class _Lowering:
         )  # fmt: skip
 
     def _project(
-        self, linear: tuple[PackedMatrix, Vector | None], rows: Slot, width: int, after: Vector | None, *,
+        self, linear: tuple[MatrixT, Vector | None], rows: Slot, width: int, after: Vector | None, *,
         of_samples: bool,
     ) -> None:  # fmt: skip
         """Back into the residual `rows`, through a norm first where there is one (`after`)."""
@@ -180,7 +180,7 @@ class _Lowering:
 
     def _linear(
         self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool, gated: bool = False
-    ) -> tuple[PackedMatrix, Vector | None]:
+    ) -> tuple[MatrixT, Vector | None]:
         shapes = [(count, columns) for count in rows]
         matrix = self._weights.matrix([f"{name}.weight" for name in names], shapes, gated=gated)
         if not bias:
@@ -191,7 +191,7 @@ class _Lowering:
         weight = self._weights.vector(name, (size,))
         return (weight + np.float32(1.0)).astype(np.float32) if self._is_gemma else weight
 
-    def _norm(self, weight: Vector, src: Slot, reader: PackedMatrix, *, of_samples: bool = False) -> None:
+    def _norm(self, weight: Vector, src: Slot, reader: MatrixT, *, of_samples: bool = False) -> None:
         """Normed activations in the form that `reader` takes."""
         size = self._spec.hidden_size
         self._add(
@@ -199,16 +199,14 @@ class _Lowering:
             eps=self._spec.rms_norm_eps, of_samples=of_samples,
         )  # fmt: skip
 
-    def _prepare(self, src: Slot, linear: tuple[PackedMatrix, Vector | None], *, of_samples: bool) -> None:
-        width = linear[0].parts[0].cols
+    def _prepare(self, src: Slot, linear: tuple[MatrixT, Vector | None], *, of_samples: bool) -> None:
+        width = linear[0].cols
         self._add(OpKind.PREPARE, src=src, width=width, forms=self._forms(linear[0], width), of_samples=of_samples)
 
-    def _forms(self, matrix: PackedMatrix, columns: int) -> Form:
-        forms = NO_FORM
-        for part in matrix.parts:
-            form = activation_form(PanelFormat(part.format))
+    def _forms(self, matrix: MatrixT, columns: int) -> Form:
+        forms = matrix.forms
+        for form in forms:
             self._inputs[form] = max(self._inputs.get(form, 0), columns)
-            forms |= form
         return forms
 
     def _rope(self, rope: RopeSpec) -> int:
@@ -222,14 +220,3 @@ class _Lowering:
     def _add(self, kind: OpKind, **fields: object) -> None:
         self._ops.append(Operation(kind, **fields))  # type: ignore[arg-type]
 
-
-def _rounded(value: float, table: PackedMatrix) -> float:
-    """Gemma's factor for embeddings, rounded to nearest even in what these are kept in, as in its training."""
-    match table.parts[0].format:
-        case PanelFormat.BF16:
-            bits = int(np.float32(value).view(np.uint32))
-            return float(np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32))
-        case PanelFormat.F16:
-            return float(np.float16(value))
-        case _:
-            return float(np.float32(value))

@@ -16,6 +16,7 @@ from edgekv.kernels.cpu.cache import NativeCache
 from edgekv.kernels.cpu.formats import ALIGNMENT, activation_stride
 from edgekv.kernels.cpu.program import Pool
 from edgekv.model.lowering import LoweredModel, Operation
+from edgekv.model.packed_weights import PackedMatrix
 from edgekv.model.rope import inverse_frequencies, rope_magnitude
 from edgekv.model.spec import ModelSpec
 from edgekv.model.step_memory import ITEM_BYTES, SAMPLED_SLOTS, Slot, aligned, groups_of, slot_stride, step_bytes
@@ -24,7 +25,7 @@ from edgekv.model.step_memory import ITEM_BYTES, SAMPLED_SLOTS, Slot, aligned, g
 class NativeLM:
     """A decoder-only model on the CPU. Results of a token do not depend on what else is in its step."""
 
-    def __init__(self, lowered: LoweredModel, pool: Pool) -> None:
+    def __init__(self, lowered: LoweredModel[PackedMatrix], pool: Pool) -> None:
         """Lowers no further: `lowered` is what is run, on the threads of `pool`."""
         self.spec: ModelSpec = lowered.spec
         self.lowered = lowered
@@ -85,7 +86,7 @@ class NativeLM:
         self._step.op_ns = _address(spent)
         return spent
 
-    def _op(self, operation: Operation) -> abi.Op:
+    def _op(self, operation: Operation[PackedMatrix]) -> abi.Op:
         """Keeps alive what the structure points to."""
         op = abi.Op(
             kind=operation.kind,

@@ -11,25 +11,20 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from edgekv.errors import ModelError
 from edgekv.kernels.pages import map_pages
-from edgekv.kernels.quant.dequantise import dequantise
 from edgekv.kernels.quant.encodings import Encoding
-from edgekv.kernels.quant.quantise import quantise
 from edgekv.model.declared_matrices import DeclaredMatrices
 from edgekv.model.matrix_layout import PANEL, Member, PartLayout, WeightForm, lay_out
 from edgekv.model.open_weights import open_weights
 from edgekv.model.packed_weights import MatrixSource, PackedMatrix, PackedPart, Shape, Vector
 from edgekv.model.spec import ModelSpec
-from edgekv.model.stored import StoredTensor, StoredTensors
-from edgekv.model.weights import FLOATS, Progress
+from edgekv.model.stored import StoredTensors
+from edgekv.model.stored_rows import RowReader
+from edgekv.model.weights import Progress
 
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
-
-_CHUNK_BYTES = 16 << 20
 
 
 class Packer(Protocol):
@@ -43,7 +38,7 @@ class Packer(Protocol):
 def load_packed(
     path: Path,
     spec: ModelSpec,
-    lower: Callable[[ModelSpec, MatrixSource], T],
+    lower: Callable[[ModelSpec, MatrixSource[PackedMatrix]], T],
     *,
     form: WeightForm,
     packer: Packer,
@@ -73,8 +68,7 @@ class PackedMatrices:
     ) -> None:
         """`total_bytes` is what the checkpoint holds of this model; `progress` hears of every chunk."""
         self._stored, self._form, self._packer = stored, form, packer
-        self._done_bytes, self._total_bytes, self._progress = 0, total_bytes, progress
-        self._staging = np.empty(_CHUNK_BYTES, np.uint8)
+        self._rows = RowReader(total_bytes=total_bytes, progress=progress)
 
     def matrix(self, names: Sequence[str], shapes: Sequence[Shape], *, gated: bool = False) -> PackedMatrix:
         """Reads and packs; raises ModelError where a file fails, and MemoryError."""
@@ -84,9 +78,7 @@ class PackedMatrices:
 
     def vector(self, name: str, shape: Shape) -> Vector:
         """Reads, in float32."""
-        tensor = self._stored.tensors[name]
-        raw = self._read(tensor, 0, shape[0], tensor.encoding.row_bytes(1))
-        return np.array(torch.from_numpy(raw.reshape(-1)).view(FLOATS[tensor.encoding]).float().numpy())
+        return self._rows.vector(self._stored.tensors[name])
 
     def bias(self, names: Sequence[str], shapes: Sequence[Shape], *, gated: bool = False) -> Vector:
         """Reads, in float32, in the order of the matrix's rows."""
@@ -102,28 +94,8 @@ class PackedMatrices:
         return part
 
     def _fill(self, part: PackedPart, member: Member) -> None:
-        tensor, cols = self._stored.tensors[member.name], part.cols
-        stored, kept = tensor.encoding, member.encoding
-        row_bytes = stored.row_bytes(cols)
-        # A chunk is counted in the larger of what is read and what that becomes.
-        widest = max(row_bytes, kept.row_bytes(cols), 0 if stored.is_float else 4 * cols * (stored != kept))
-        chunk = max(1, _CHUNK_BYTES // widest)
-        for first in range(0, member.rows, chunk):
-            rows = self._read(tensor, first, min(chunk, member.rows - first), row_bytes)
-            if stored != kept:
-                rows = _converted(tensor, rows, cols, kept)
-            self._packer.pack(kept, rows, _part_rows(member, first, len(rows)), part)
-
-    def _read(self, tensor: StoredTensor, first: int, count: int, row_bytes: int) -> Bytes:
-        """Some rows, [rows, row bytes], until the next are read."""
-        num_bytes = count * row_bytes
-        if num_bytes > len(self._staging):  # a single row of that length
-            self._staging = np.empty(num_bytes, np.uint8)
-        rows = self._staging[:num_bytes]
-        tensor.read_rows(first, rows.data)
-        self._done_bytes += num_bytes
-        self._progress(self._done_bytes, self._total_bytes, "reading weights")
-        return rows.reshape(count, row_bytes)
+        for first, rows in self._rows.chunks(self._stored.tensors[member.name], member.encoding):
+            self._packer.pack(member.encoding, rows, _part_rows(member, first, len(rows)), part)
 
 
 def _part_rows(member: Member, first: int, count: int) -> npt.NDArray[np.int64]:
@@ -140,16 +112,3 @@ def _alternated(gate: Vector, up: Vector) -> Vector:
     halves[0, : len(gate)], halves[1, : len(up)] = gate, up
     return halves.reshape(2, panels, PANEL).swapaxes(0, 1).reshape(-1)
 
-
-def _converted(tensor: StoredTensor, rows: Bytes, cols: int, kept: Encoding) -> Bytes:
-    """Rows of the tensor in another encoding: rounded to another float, or quantised."""
-    raw = torch.from_numpy(rows)
-    plain = raw.view(FLOATS[tensor.encoding]) if tensor.encoding.is_float else dequantise(tensor.encoding, raw, cols)
-    if kept in FLOATS:
-        made = plain.to(FLOATS[kept]).view(torch.uint8)
-    else:
-        try:
-            made = quantise(kept, plain)
-        except ValueError as error:
-            raise ModelError(f"{tensor.path}: tensor '{tensor.name}': {error}") from None
-    return np.asarray(made.numpy())

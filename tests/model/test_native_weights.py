@@ -63,7 +63,7 @@ FORMS = [(kind, WeightForm(None)) for kind in MAKERS] + [
 def test_rows_come_back_from_the_panels_as_they_went_in(
     kind: str, form: WeightForm, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekv.model.packing._CHUNK_BYTES", 20_000)  # several chunks, which end within panels
+    monkeypatch.setattr("edgekv.model.stored_rows._CHUNK_BYTES", 20_000)  # several chunks, which end within panels
     path = MAKERS[kind](tmp_path)
     meant, keeper = packed(path, form)
     loaded = load_packed(path, read_spec(path), Recorder, form=form, packer=LibraryPacker(pool))

@@ -64,7 +64,7 @@ class RowKeeper:
 class Recorder:
     """A lowering that keeps its answers by the first name asked for."""
 
-    def __init__(self, spec: ModelSpec, source: MatrixSource) -> None:
+    def __init__(self, spec: ModelSpec, source: MatrixSource[PackedMatrix]) -> None:
         self.matrices: dict[str, PackedMatrix] = {}
         self.vectors: dict[str, npt.NDArray[np.float32]] = {}
         for asked in weight_names(spec):
@@ -230,7 +230,7 @@ def test_chunks_change_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> 
         form = WeightForm("bfloat16", weights)  # type: ignore[arg-type]
         whole, keeper = packed(llama, form)
         with monkeypatch.context() as patched:
-            patched.setattr("edgekv.model.packing._CHUNK_BYTES", 3000)  # a few rows of some, less than one of others
+            patched.setattr("edgekv.model.stored_rows._CHUNK_BYTES", 3000)  # rows of some, less than one of others
             chunked = RowKeeper()
             spec = read_spec(llama)
             again = load_packed(

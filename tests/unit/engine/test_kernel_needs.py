@@ -1,4 +1,4 @@
-"""What only the native CPU kernels can serve is refused without them, with the cause and what to do about it."""
+"""What only some kernels can serve is refused without them, with the cause and what to do about it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgekv.demo import target_path
-from edgekv.engine.kernel_needs import NOT_IN_USE, Lacking, NotServedHere, only_native, why_not_native
+from edgekv.engine.kernel_needs import NOT_IN_USE, Lacking, NotServedHere, not_served, why_not_native
 from edgekv.engine.settings import EngineSettings, plan_engine
 from edgekv.kernels.cpu import library
 from edgekv.kernels.cpu.library import VARIABLE, KernelsUnavailable
@@ -29,15 +29,53 @@ def refused(settings: EngineSettings, **shape: Any) -> str:
 
 
 def test_settings_that_need_the_kernels() -> None:
-    assert dict(only_native(asked(weight_format="int4", kv_dtype="int8"))) == {"weights": "int4", "kv.dtype": "int8"}
-    assert list(only_native(asked(dtype="float16", kv_dtype="bfloat16"))) == []
+    both = asked(weight_format="int4", kv_dtype="int8")
+    assert dict(not_served(both, native=False)) == {"weights": "int4", "kv.dtype": "int8"}
+    assert dict(not_served(both, native=True)) == {}
+    for native in (True, False):
+        assert list(not_served(asked(dtype="float16", kv_dtype="bfloat16"), native=native)) == []
 
 
-def test_a_card_is_the_cause() -> None:
-    assert refused(asked(weight_format="int8", place=CARD)) == (
-        "weights: int8 needs the native CPU kernels, but they run models on the CPU only, and this one goes to GeForce "
-        "RTX 4090. Set device to cpu; or set weights to auto"
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int4"])
+def test_formats_that_only_cards_have(kv_dtype: str) -> None:
+    assert dict(not_served(asked(kv_dtype=kv_dtype), native=True)) == {"kv.dtype": kv_dtype}
+    assert refused(asked(kv_dtype=kv_dtype)) == (
+        f"kv.dtype: {kv_dtype} needs a card's kernels, but this model runs on the CPU. Set kv.dtype to int8; or set "
+        "kv.dtype to auto"
     )
+    on_card = asked(kv_dtype=kv_dtype, weight_format="int8", place=CARD)
+    assert dict(not_served(on_card, native=True)) == {}
+    assert dict(not_served(on_card, native=False)) == {"weights": "int8", "kv.dtype": kv_dtype}
+    assert plan_engine(on_card, read_spec(target_path()))[1].kv_dtype == kv_dtype
+
+
+def test_a_card_that_main_memory_plays_has_no_kernels() -> None:
+    played = replace(CARD, torch_name="cpu", title="a card of paper")
+    assert refused(asked(kv_dtype="int8", place=played)) == (
+        "kv.dtype: int8 needs a card's kernels, but main memory plays a card of paper. Set kv.dtype to auto"
+    )
+    assert plan_engine(asked(place=played), read_spec(target_path()))[1].kv_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"block_size": 8}, "they cannot run this model: the KV block size of 8 is neither 16 nor 32. Set "
+                            "kv.block_size to 16 or 32; or set weights to auto"),
+        ({"native": False}, "they are not in use in this run. Set weights to auto"),
+        ({"place": replace(CARD, title="GTX 1080", target="sm_61")},
+         "they are for cards from sm_75 and gfx1030 on, and GTX 1080 is sm_61. Set weights to auto"),
+    ],
+)  # fmt: skip
+def test_why_a_cards_kernels_do_not_run_it(changes: dict[str, Any], told: str) -> None:
+    refusal = refused(replace(asked(weight_format="int8", place=CARD), **changes))
+    assert refusal == f"weights: int8 needs a card's kernels, but {told}"
+
+
+def test_a_model_that_no_cards_kernel_fits_is_the_cause() -> None:
+    for block_size in (16, 8):
+        told = refused(asked(kv_dtype="int8", block_size=block_size, place=CARD), head_dim=80)
+        assert told.endswith("its head dim of 80 is no multiple of 32 up to 256. Set kv.dtype to auto")
 
 
 def test_the_block_size_is_the_cause() -> None:

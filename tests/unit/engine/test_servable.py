@@ -56,7 +56,7 @@ def test_every_setting_with_a_cause_is_told(copied: Path, monkeypatch: pytest.Mo
     told = found(copied, **asked)
     assert set(told) == {"models.m.weights", "kv.dtype"}
     assert all(NEEDED + f"they are switched off by {VARIABLE}=off" in message for message in told.values())
-    assert "and this one goes to big. Set device to cpu" in found(copied, **asked, device="big")["kv.dtype"]
+    assert found(copied, **asked, device="big") == {}, "a card has kernels of its own"
     edit_config(copied, head_dim=24)
     monkeypatch.delenv(VARIABLE)
     assert found(copied, **asked)["kv.dtype"].endswith("its head dim of 24 is no multiple of 16. Set kv.dtype to auto")
@@ -70,9 +70,19 @@ def test_auto_is_looked_up_where_it_matters(copied: Path, monkeypatch: pytest.Mo
         return Place("card", "cuda:0", "RTX 4090", 0)
 
     monkeypatch.setattr(servable, "choose_place", choose)
-    assert found(copied, device="auto") == {}
+    assert found(copied, device="auto", kv={"block_size": 8}) == {}
     assert asked == []
-    assert "this one goes to RTX 4090" in found(copied, device="auto", weights="int8")["models.m.weights"]
+    told = found(copied, device="auto", weights="int8", kv={"block_size": 8})["models.m.weights"]
+    assert "needs a card's kernels, but they cannot run this model: the KV block size of 8" in told
+
+
+def test_formats_that_only_a_card_has(copied: Path) -> None:
+    for dtype in ("fp8", "int4"):
+        told = f"{dtype} needs a card's kernels, but this model runs on the CPU. Set kv.dtype to int8; or set kv.dtype "
+        refused = {"kv.dtype": told + "to auto"}
+        assert found(copied, kv={"dtype": dtype}) == found(copied, kv={"dtype": dtype}, device="memory") == refused
+        assert found(copied, kv={"dtype": dtype}, device="big") == {}
+        assert list(found(copied, own_kv={"dtype": dtype})) == ["models.m.kv.dtype"]
 
 
 def test_weights_that_are_quantised_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
