@@ -18,10 +18,12 @@ START_S = 120.0  # patience on a busy machine; how long it takes is printed by t
 
 
 class RealServer:
-    """A running `edgekv serve`."""
+    """A running `edgekv serve`; `module` is what is run instead of edgekv."""
 
-    def __init__(self, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "edgekv", "serve", "--port", "0", *arguments]
+    def __init__(
+        self, *arguments: str, variables: Mapping[str, str] | None = None, module: str = "edgekv"
+    ) -> None:
+        command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGEKV_")}
         environment |= variables or {}
         self.process = subprocess.Popen(
