@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgekv.engine.settings import EngineSettings
     from edgekv.model.lowering import Operation
     from edgekv.model.matrix_layout import WeightsName
+    from edgekv.model.packed_weights import PackedMatrix
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ def bench_engine(
     prefill: str = typer.Option("512,2048", help="Tokens of the prompts to measure; '': none."),
     weights: str = typer.Option("auto", help="auto, or what to quantise to: int8, int4."),
     kernels: str = typer.Option("auto", help="auto, native or torch."),
-    kv_dtype: str = typer.Option("auto", help="Keys and values: auto, float32, bfloat16, float16, int8."),
+    kv_dtype: str = typer.Option("auto", help="Keys and values: auto, a dtype, int8, on a card fp8 or int4."),
     steps: int = typer.Option(32, min=1, help="Decoding steps of a sample."),
     repeat: int = typer.Option(3, min=1, help="Samples of each row."),
     step_tokens: int = typer.Option(512, min=16, help="The most tokens in a step: the size of a long prompt's chunks."),
@@ -114,7 +115,9 @@ def measure(
     from edgekv.cli.bandwidth import read_meter
     from edgekv.cli.machine import LoadWatch, machine_line
     from edgekv.engine.assemble import assemble
+    from edgekv.engine.card_runner import CardRunner
     from edgekv.engine.measure import EngineMeter
+    from edgekv.errors import EdgeKVError
     from edgekv.model.native_lm import NativeLM
 
     watch = LoadWatch()
@@ -122,6 +125,11 @@ def measure(
     begun = time.perf_counter()
     core, assembly = assemble(settings, lambda done, total, stage: None)
     load_s = time.perf_counter() - begun
+    if isinstance(core.runner, CardRunner):
+        raise EdgeKVError(
+            "a card's engine works while Python does something else, so a stopwatch in Python tells nothing of it: "
+            "use make bench-gpu, or --kernels torch for torch's engine on the card"
+        )
     settle = None if assembly.place.torch_name == "cpu" else torch.cuda.synchronize
     meter = EngineMeter(core, time.time_ns() if seed is None else seed, settle)
     bandwidth = read_meter(assembly.place.torch_name, native=isinstance(meter.model, NativeLM))
@@ -218,7 +226,7 @@ class _Profile:
     def __init__(self, meter: "EngineMeter", wanted: bool) -> None:
         from edgekv.model.native_lm import NativeLM
 
-        self._operations: tuple[Operation, ...] = ()
+        self._operations: tuple[Operation[PackedMatrix], ...] = ()
         if wanted and isinstance(meter.model, NativeLM):
             self._operations, self._spent = meter.model.lowered.operations, meter.model.profile()
 
@@ -264,7 +272,8 @@ def _settings(
 
     formats: Mapping[str, WeightsName] = {"auto": "auto", "int8": "int8", "int4": "int4"}
     dtypes: Mapping[str, KVDtypeName | None] = {
-        "auto": None, "float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8",
+        "auto": None, "float32": "float32", "bfloat16": "bfloat16", "float16": "float16",
+        "int8": "int8", "fp8": "fp8", "int4": "int4",
     }  # fmt: skip
     natives: Mapping[str, bool | None] = {"auto": None, "native": True, "torch": False}
     _, _, settings = served_model(Config(), model)

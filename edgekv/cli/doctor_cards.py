@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgekv.cli.doctor_gpu_kernels import kernel_findings
 from edgekv.cli.finding import Finding
 from edgekv.config.units import format_size
 from edgekv.core.spill import Headroom
+from edgekv.smi.torch_code import NoCode, driven_as, why_no_code
 
 if TYPE_CHECKING:
     from edgekv.smi.cards import Card, Survey
@@ -46,6 +48,8 @@ def card_findings(survey: "Survey", build: "TorchBuild | None", dev: Path = DEV)
         yield _card(card, build)
         if card.holders:
             yield Finding("ok", "held by others", _holders(card))
+    if build is not None and any(_wrong_make(card, build) is None for card in survey.cards):
+        yield from kernel_findings(survey, build)
     if survey.vendor == "amd" and (survey.cards or (dev / "kfd").exists()):
         yield _compute_access(dev)
 
@@ -63,21 +67,32 @@ def _card(card: "Card", build: "TorchBuild | None") -> Finding:
         str(card.link) if card.link is not None else "",
         f"{card.bandwidth_bytes_per_s / 1e9:,.0f} GB/s" if card.bandwidth_bytes_per_s else "",
         "shares main memory" if card.unified else "",
+        card.target or "",
         f"at {card.pci_id}" if card.pci_id else "",
     ]
     found = ", ".join(fact for fact in facts if fact)
     if build is None:
         return Finding("warn", card.name, f"{found}; there is no torch to drive it", "pip install torch")
-    has_cuda = build.cuda is not None
-    if card.vendor == "nvidia" and not has_cuda:
-        return Finding("warn", card.name, f"{found}; torch {build.version} has no CUDA", "install torch's CUDA build")
-    if card.vendor == "amd" and (has_cuda or build.hip is None):
-        kind = "is built for NVIDIA's cards" if has_cuda else "has no HIP"
-        fix = "install torch's ROCm build (pytorch.org, Linux, ROCm)"
-        return Finding("warn", card.name, f"{found}; torch {build.version} {kind}", fix)
+    wrong = _wrong_make(card, build)
+    if wrong is not None:
+        return Finding("warn", card.name, f"{found}; torch {build.version} {wrong.reason}", wrong.remedy)
+    target = driven_as(card.target, os.environ)
+    lacking = why_no_code(target, build.targets) if target is not None else None
+    if lacking is not None:
+        return Finding("warn", card.name, f"{found}; torch {build.version} {lacking.reason}", lacking.remedy)
     if card.free_bytes < headroom:
         return Finding("warn", card.name, found, "close what holds it: less than the headroom is free")
     return Finding("ok", card.name, found)
+
+
+def _wrong_make(card: "Card", build: "TorchBuild") -> NoCode | None:
+    """Why torch does not drive any card of this vendor."""
+    if card.vendor == "nvidia":
+        return NoCode("has no CUDA", "install torch's CUDA build: pip install torch") if build.cuda is None else None
+    if build.cuda is None and build.hip is not None:
+        return None
+    kind = "is built for NVIDIA's cards" if build.cuda is not None else "has no HIP"
+    return NoCode(kind, "install torch's ROCm build (pytorch.org, Linux, ROCm)")
 
 
 def _holders(card: "Card") -> str:

@@ -46,7 +46,9 @@ def plan(
     context: int | None = typer.Option(None, min=1, help="Tokens of one request, prompt and answer together."),
     dtype: str = typer.Option("auto", help="What the weights are computed in: auto, float32, bfloat16, float16."),
     weights: str = typer.Option("auto", help="Quantise them as they are loaded: int8 or int4; auto leaves them."),
-    kv_dtype: str = typer.Option("auto", help="What keys and values are kept in: a dtype, or int8; auto is --dtype's."),
+    kv_dtype: str = typer.Option(
+        "auto", help="What keys and values are kept in: a dtype, int8, on a card fp8 or int4; auto is --dtype's."
+    ),
     kv_budget: str | None = typer.Option(None, help="Memory for the KV pool, as 4GiB or 40%; by default chosen."),
     card: str | None = typer.Option(None, help="Plan for a card that is not here, as 'RX 7900 XTX' or 4090."),
     vram: str | None = typer.Option(None, help="Plan for a card with this much memory, as 16GiB."),
@@ -223,11 +225,9 @@ def _kv_dtype(name: str) -> "KVDtypeName | None":
     match name:
         case "auto":
             return None
-        case "float32" | "bfloat16" | "float16" | "int8":
+        case "float32" | "bfloat16" | "float16" | "fp8" | "int8" | "int4":
             return name
-        case "fp8" | "int4":
-            raise typer.BadParameter(f"--kv-dtype {name} is not available yet; the plan shows what it would bring")
-    raise typer.BadParameter(f"--kv-dtype {name!r} is not one of auto, float32, bfloat16, float16, int8")
+    raise typer.BadParameter(f"--kv-dtype {name!r} is not one of auto, float32, bfloat16, float16, fp8, int8, int4")
 
 
 def _size(text: str) -> int:

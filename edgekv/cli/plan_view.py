@@ -11,7 +11,7 @@ from rich.markup import escape
 from edgekv.cli.assumed import checkpoint_json, kind_sizes, missing_weights
 from edgekv.cli.console import stdout, table
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
-from edgekv.cli.remedies import kv_formats, remedies
+from edgekv.cli.remedies import OWN_KERNELS, kernels_have, kv_formats, remedies
 from edgekv.config.units import format_size
 from edgekv.core.capacity import (
     DTYPE_BYTES,
@@ -151,13 +151,7 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
         "budget_bytes": result.budget_bytes, "leases": result.leases,
         "withheld_bytes": result.withheld_bytes, "free_bytes": result.free_bytes,
         "missing_bytes": result.missing_bytes, "fits": result.fits,
-        "kv_formats": [
-            {
-                "name": name, "bytes_per_token": each, "pool_tokens": tokens, "served": served,
-                "block_bytes": KV_FORMATS[name].block_bytes(spec, kv.block_size),
-            }
-            for name, each, tokens, served in kv_formats(asked.settings, result, spec)
-        ],
+        "kv_formats": [asdict(row) for row in kv_formats(asked.settings, result, spec)],
         "pinned": {
             "tokens": asked.pinned,
             "num_bytes": asked.pinned_blocks * kv.block_bytes,
@@ -174,12 +168,18 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
 def _print_formats(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> None:
     rows = table("KV format", "a token", "tokens", f"of {result.context_tokens:,}", "")
     rows.columns[4].justify = "left"
-    for name, each, tokens, served in kv_formats(asked.settings, result, spec):
-        lacking = "not available yet" if KV_FORMATS[name].served == "none" else "with the native CPU kernels"
-        note = "← this plan" if name == result.kv_dtype else "" if served else lacking
-        style = "bold" if name == result.kv_dtype else None if served else "dim"
+    kind = asked.settings.place.kind
+    own = OWN_KERNELS[kind] if kernels_have(asked.settings, spec) else "not for this model"
+    for row in kv_formats(asked.settings, result, spec):
+        lacking = own if kind in KV_FORMATS[row.name].engines else "on a card"
+        is_planned = row.name == result.kv_dtype
         rows.add_row(
-            name, format_size(each), f"{tokens:,}", f"{tokens / result.context_tokens:.2f}x", note, style=style
+            row.name,
+            format_size(row.bytes_per_token),
+            f"{row.pool_tokens:,}",
+            f"{row.pool_tokens / result.context_tokens:.2f}x",
+            "← this plan" if is_planned else "" if row.served else lacking,
+            style="bold" if is_planned else None if row.served else "dim",
         )
     stdout().print(rows)
 
@@ -199,10 +199,13 @@ def _print_speed(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> None:
 
 
 def _head(spec: "ModelSpec", result: MemoryPlan) -> str:
-    """What a head takes of a token."""
+    """What a head takes of a token, but for what blocks are padded with."""
     kept = KV_FORMATS[result.kv_dtype]
-    scale = f" + {SCALE_BYTES} of a scale" if kept.scales == "token" else ""
-    return f"({spec.head_dim}{scale})" if scale else f"{spec.head_dim} × {kept.bits // 8}"
+    scales = {"none": "", "token": f" + {SCALE_BYTES} of a scale", "pair": f" + {2 * SCALE_BYTES} of scale and zero"}
+    if not scales[kept.scales]:
+        return f"{spec.head_dim} × {kept.bits // 8}"
+    elements = f"{spec.head_dim}" if kept.bits == 8 else f"{spec.head_dim} × {kept.bits / 8:g}"
+    return f"({elements}{scales[kept.scales]})"
 
 
 def _plain(spec: "ModelSpec", result: MemoryPlan) -> str | None:

@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING
 
 from edgekv.config.units import MIB, format_size
 from edgekv.core.capacity import MemoryPlan
-from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, plan_kv
+from edgekv.core.dtype_choice import DeviceKind
+from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, kv_alignment, plan_kv
+from edgekv.engine.kernel_needs import BLOCK_SIZE, kv_engine
 from edgekv.engine.settings import EngineSettings, plan_engine
+from edgekv.model.card_layout import card_bytes
+from edgekv.model.card_shape import has_kernels, unsupported_on_card
 from edgekv.model.matrix_layout import WeightForm, WeightsName
+from edgekv.model.native_shape import unsupported
 from edgekv.model.weight_plan import native_bytes
 from edgekv.model.weight_table import WeightTable
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 SHORTEST_CONTEXT = 256
 QUANTISED: tuple[WeightsName, ...] = ("int8", "int4")
+OWN_KERNELS: dict[DeviceKind, str] = {"cpu": "with the native CPU kernels", "card": "with the card's kernels"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +79,11 @@ class _Search:
         if result.kv_dtype == "float32":
             changed = replace(settings, kv_dtype="bfloat16")
             yield self._tried("--kv-dtype bfloat16", "half the memory for each token", changed)
-        if settings.native and result.kv_dtype != "int8":
-            yield self._tried("--kv-dtype int8", "8 bits for each number", replace(settings, kv_dtype="int8"))
+        for name in ("int8", "int4"):
+            kept, bits = KV_FORMATS[name], KV_FORMATS[result.kv_dtype].bits
+            if settings.native and settings.place.kind in kept.engines and kept.bits < bits:
+                changed = replace(settings, kv_dtype=name)
+                yield self._tried(f"--kv-dtype {name}", f"{kept.bits} bits for each number", changed)
         if result.dtype == "float32":
             changed = replace(settings, dtype="bfloat16")
             yield self._tried("--dtype bfloat16", self._less(changed), changed)
@@ -126,11 +135,11 @@ class _Search:
         return found
 
     def _not_here(self) -> Iterator[Remedy]:
-        """What only the native CPU kernels can do."""
+        """What only our own kernels can do, where they do not run the model and could."""
         result, kv = self.result, self.result.kv
-        if self.settings.native:
+        if self.settings.native or not kernels_have(self.settings, self.spec):
             return
-        lacking = "on a card not available yet" if self.settings.place.kind == "card" else "with the native CPU kernels"
+        lacking = OWN_KERNELS[self.settings.place.kind]
         if kv.num_blocks and not result.missing_bytes and result.free_bytes >= 0:
             plan = plan_kv(self.spec, kv_format="int8", block_size=kv.block_size, budget_bytes=kv.pool_bytes)
             brings = f"int8 KV ({lacking}) would hold {plan.pool_tokens:,} tokens in the same memory"
@@ -149,7 +158,10 @@ class _Search:
             yield f"{name} weights", self._packed_bytes(name)
 
     def _packed_bytes(self, weights: WeightsName) -> int:
-        return native_bytes(self.table, self.spec, WeightForm(None, weights)).total
+        form = WeightForm(None, weights)
+        if self.settings.place.kind == "card":
+            return card_bytes(self.table, self.spec, form, self.result.dtype).total
+        return native_bytes(self.table, self.spec, form).total
 
     def _smaller_model(self) -> Iterator[Remedy]:
         result = self.result
@@ -170,15 +182,40 @@ class _Search:
             kv_format=self.result.kv_dtype,
             block_size=kv.block_size,
             context_tokens=self.result.context_tokens,
+            alignment=alignment_of(self.settings),
         )
 
 
-def kv_formats(
-    settings: EngineSettings, result: MemoryPlan, spec: "ModelSpec"
-) -> list[tuple[KVFormatName, int, int, bool]]:
-    """Each format of keys and values: name, bytes a token, tokens in the pool's memory, whether it can be served."""
-    rows: list[tuple[KVFormatName, int, int, bool]] = []
+def kernels_have(settings: EngineSettings, spec: "ModelSpec") -> bool:
+    """Whether our own kernels could run a model of this shape there, if in blocks of another size."""
+    if settings.place.kind == "card":
+        return has_kernels(settings.place.target) and unsupported_on_card(spec, BLOCK_SIZE) is None
+    return unsupported(spec, BLOCK_SIZE) is None
+
+
+def alignment_of(settings: EngineSettings) -> int:
+    """Of the parts of a block, for what runs the model."""
+    return kv_alignment(kv_engine(settings, native=bool(settings.native)))
+
+
+@dataclass(frozen=True, slots=True)
+class FormatRow:
+    """A format of keys and values in the memory that the pool has; `served`: by what runs the model."""
+
+    name: KVFormatName
+    bytes_per_token: int
+    block_bytes: int
+    pool_tokens: int
+    served: bool
+
+
+def kv_formats(settings: EngineSettings, result: MemoryPlan, spec: "ModelSpec") -> list[FormatRow]:
+    """All that there are."""
+    rows = []
+    engine, size, budget = kv_engine(settings, native=bool(settings.native)), result.kv.block_size, result.kv.pool_bytes
     for name, form in KV_FORMATS.items():
-        kv = plan_kv(spec, kv_format=name, block_size=result.kv.block_size, budget_bytes=result.kv.pool_bytes)
-        rows.append((name, kv.bytes_per_token, kv.pool_tokens, form.is_served(native=bool(settings.native))))
+        served = engine in form.engines
+        alignment = kv_alignment(engine if served else settings.place.kind)
+        kv = plan_kv(spec, kv_format=name, block_size=size, budget_bytes=budget, alignment=alignment)
+        rows.append(FormatRow(name, kv.bytes_per_token, kv.block_bytes, kv.pool_tokens, served))
     return rows

@@ -86,7 +86,7 @@ BlockSize = Annotated[
     int, BeforeValidator(_block_size), WithJsonSchema({"enum": [8, 16, 32, 64, 128, 256], "type": "integer"})
 ]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KVDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 PriorityName = Literal["interactive", "batch"]
 
 PRIORITY_LEVELS: dict[PriorityName, int] = {"interactive": 0, "batch": 10}
@@ -151,7 +151,9 @@ class Device(Section):
 class KVDefaults(Section):
     """The KV cache of every model, unless the model says otherwise."""
 
-    dtype: KVDtype = Field("auto", description="auto: what the model computes in; int8: on the CPU's own kernels")
+    dtype: KVDtype = Field(
+        "auto", description="auto: what the model computes in; int8: on our own kernels; fp8, int4: on a card's"
+    )
     block_size: BlockSize = Field(16, description="tokens in one block")
     budget: Budget = Field("auto", description="memory of the KV pool")
     prefix_cache: bool = Field(True, description="keep computed prefixes for later requests")
@@ -196,7 +198,7 @@ class Model(Section):
     )
     kv: ModelKV = Field(default_factory=ModelKV)
     max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
-    max_step_tokens: int = Field(512, ge=16, le=65536, description="tokens in one step; longer prompts come in chunks")
+    max_step_tokens: int = Field(512, ge=16, le=32768, description="tokens in one step; longer prompts come in chunks")
     pinned_prompts: tuple[PinnedPrompt, ...] = Field(
         (), strict=False, max_length=MAX_PINNED, description="prompt beginnings that are always in the cache"
     )

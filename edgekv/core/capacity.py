@@ -15,7 +15,15 @@ from edgekv.core.dtype_choice import DeviceKind as DeviceKind
 from edgekv.core.dtype_choice import DtypeChoice as DtypeChoice
 from edgekv.core.dtype_choice import DtypeName as DtypeName
 from edgekv.core.dtype_choice import choose_dtype as choose_dtype
-from edgekv.core.kv_format import KV_FORMATS, KVDtypeName, KVFormatName, KVPlan, context_need_bytes, plan_kv
+from edgekv.core.kv_format import (
+    CARD_PAGE_BYTES,
+    KV_FORMATS,
+    KVDtypeName,
+    KVFormatName,
+    KVPlan,
+    context_need_bytes,
+    plan_kv,
+)
 from edgekv.core.kv_format import KVShape as KVShape
 from edgekv.core.kv_format import kv_bytes_per_token as kv_bytes_per_token
 
@@ -308,12 +316,14 @@ def plan_memory(
     max_step_tokens: int,
     weights: WeightBytes | None = None,
     workspace: int | None = None,
+    graphs: int | None = None,
     free_bytes: int | None = None,
     reserve_bytes: int | None = None,
     most_bytes: int | None = None,
     runtime_bytes: int | None = None,
     kv_budget: int | float | None = None,
     draft: Draft | None = None,
+    kv_alignment: int = 1,
 ) -> MemoryPlan:
     """Share the device's `total_bytes` out.
 
@@ -329,12 +339,14 @@ def plan_memory(
         max_step_tokens: tokens in one step.
         weights: what the weights take; None for every parameter in `dtype`.
         workspace: bytes of one step; None for an estimate of what torch allocates.
+        graphs: bytes of captured decode steps; None for an estimate.
         free_bytes: what of it no program holds; None for all.
         reserve_bytes: what to leave to others; None for the usual headroom of the whole device.
         most_bytes: the most that may be leased in all; None for no limit.
         runtime_bytes: what the process holds before the weights; None for an estimate.
         kv_budget: the pool in bytes (int), as a share of what is free (float), or None to choose.
         draft: a draft model beside it.
+        kv_alignment: of the parts of a block, see `KVFormat.block_bytes`.
     """
     free = total_bytes if free_bytes is None else free_bytes
     kept_free = headroom_bytes(total_bytes) if reserve_bytes is None else reserve_bytes
@@ -350,7 +362,8 @@ def plan_memory(
             max_step_tokens=max_step_tokens,
             max_sequences=max_sequences,
         )
-    graphs = graphs_bytes(shape, device=device, max_sequences=max_sequences)
+    if graphs is None:
+        graphs = graphs_bytes(shape, device=device, max_sequences=max_sequences)
     room, most = free - kept_free, total_bytes if most_bytes is None else most_bytes
     left = min(room, most) - runtime - weights.total - workspace - graphs
     drafted = None
@@ -361,14 +374,21 @@ def plan_memory(
         left -= drafted.num_bytes
     if kv_budget is None:
         one_context = context_need_bytes(
-            shape, kv_format=kv_dtype, block_size=block_size, context_tokens=context_tokens
+            shape, kv_format=kv_dtype, block_size=block_size, context_tokens=context_tokens, alignment=kv_alignment
         )
         budget = auto_kv_budget(
             device=device, free_bytes=left, one_context_bytes=one_context, max_sequences=max_sequences
         )
     else:
         budget = kv_budget if isinstance(kv_budget, int) else int(free * kv_budget)
-    kv = plan_kv(shape, kv_format=kv_dtype, block_size=block_size, budget_bytes=budget)
+    kv = plan_kv(
+        shape,
+        kv_format=kv_dtype,
+        block_size=block_size,
+        budget_bytes=budget,
+        alignment=kv_alignment,
+        page_bytes=CARD_PAGE_BYTES if device == "card" else 1,
+    )
     ceiling = kv.num_blocks
     if kv_budget is None and device == "card":
         # What others hold now may be free later; their room is grown into then, and never before.

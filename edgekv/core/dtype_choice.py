@@ -35,19 +35,30 @@ def choose_dtype(
 ) -> DtypeChoice:
     """What a model computes in when nothing is set.
 
-    `quantised`: its weights are, in the file; `native`: the native CPU kernels run it, which take them as they are.
-    Without those they become plain numbers. `stored`: what the matrices are in that are plain numbers already; empty
+    `quantised`: its weights are, in the file; `native`: our own kernels run it, which take them as they are. Without
+    those they become plain numbers. `stored`: what the matrices are in that are plain numbers already; empty
     for what the checkpoint is said to be in.
     """
     if quantised and native:
         return DtypeChoice("bfloat16", "the weights stay quantised", keeps_stored=True)
     name = _plain_dtype(checkpoint, num_parameters, device, native)
     if quantised:
-        lacking = "no kernels for them on a card yet" if device == "card" else "the native CPU kernels are not in use"
-        return DtypeChoice(name, f"the quantised weights are unpacked to {name}: {lacking}")
+        kernels = "the card's kernels" if device == "card" else "the native CPU kernels"
+        return DtypeChoice(name, f"the quantised weights are unpacked to {name}: {kernels} are not in use")
     if _is_small(checkpoint, num_parameters, device, native):
         return DtypeChoice(name, "a small model on the CPU: exact, and the same in any batch")
     return DtypeChoice(name, _reason(name, stored or (checkpoint,), device, native))
+
+
+def without_bfloat16(choice: DtypeChoice, *, is_gemma: bool) -> DtypeChoice:
+    """The same for a card that has none (NVIDIA's before Ampere): float16 instead.
+
+    Gemma's activations grow beyond what float16 can hold, so that it gets float32.
+    """
+    if choice.name != "bfloat16":
+        return choice
+    reason = f"{choice.reason}, but this card has no bfloat16" + (", whose range Gemma needs" if is_gemma else "")
+    return DtypeChoice("float32" if is_gemma else "float16", reason, choice.keeps_stored)
 
 
 def _is_small(checkpoint: DtypeName, num_parameters: int, device: DeviceKind, native: bool) -> bool:

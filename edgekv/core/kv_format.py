@@ -10,9 +10,16 @@ SEGMENT_BYTES = 64 << 20
 SCALE_BYTES = 2  # float16
 
 KVFormatName = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
-KVDtypeName = Literal["float32", "bfloat16", "float16", "int8"]  # those that are served
-KVScales = Literal["none", "token", "channel"]
-KVServer = Literal["any", "native", "none"]
+KVDtypeName = KVFormatName
+KVScales = Literal["none", "token", "pair"]
+KVEngine = Literal["torch", "cpu", "card"]
+"""What runs a model: torch, on any device, or the kernels of the processor or of a card."""
+
+CARD_ALIGNMENT = 128
+"""A card's kernels want what a layer keeps of a block, keys, values and the scales of each, to begin so."""
+
+CARD_PAGE_BYTES = 2 << 20
+"""A card's drivers, and torch's allocator for all that is large, hand out whole pages of so much."""
 
 
 class KVShape(Protocol):
@@ -33,39 +40,39 @@ class KVShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """How keys and values are kept: bits of an element, and which float16 scales go with a block of one head.
+    """How keys and values are kept: the bits of an element, and which float16 numbers each head of a token has besides.
 
-    `scales`: "token" is one for each token of the keys and one of the values; "channel" is KIVI's (arXiv:2402.02750),
-    one for each channel of a block's keys and for each token of its values. `served`: which engine can keep them so
-    today: any, that of the native CPU kernels alone, or none yet.
+    `scales`: "token" is a scale for its key and one for its value, "pair" a scale and a zero for each. `engines` can
+    keep them so.
     """
 
     name: KVFormatName
     bits: int
     scales: KVScales
-    served: KVServer
+    engines: frozenset[KVEngine]
 
-    def block_bytes(self, shape: KVShape, block_size: int) -> int:
-        """Bytes of one block: K and V of `block_size` tokens in every layer, with their scales."""
-        elements = shape.head_dim * block_size
-        counts: dict[KVScales, int] = {"none": 0, "token": 2 * block_size, "channel": shape.head_dim + block_size}
-        scale_bytes = counts[self.scales] * SCALE_BYTES
-        return shape.num_layers * shape.num_kv_heads * (2 * -(-elements * self.bits // 8) + scale_bytes)
+    def block_bytes(self, shape: KVShape, block_size: int, *, alignment: int = 1) -> int:
+        """Bytes of one block: K and V of `block_size` tokens in every layer, with their scales.
 
-    def is_served(self, *, native: bool) -> bool:
-        """Whether an engine with or without the native CPU kernels can keep them so."""
-        return self.served == "any" or (native and self.served == "native")
+        `alignment`: of each of the up to four parts that a layer keeps.
+        """
+        rows = shape.num_kv_heads * block_size
+        numbers: dict[KVScales, int] = {"none": 0, "token": 1, "pair": 2}
+        parts = (-(-rows * shape.head_dim * self.bits // 8), rows * numbers[self.scales] * SCALE_BYTES)
+        return shape.num_layers * 2 * sum(-(-part // alignment) * alignment for part in parts)
 
+
+_ALL: frozenset[KVEngine] = frozenset(("torch", "cpu", "card"))
 
 KV_FORMATS: dict[KVFormatName, KVFormat] = {
     made.name: made
     for made in (
-        KVFormat("float32", 32, scales="none", served="any"),
-        KVFormat("bfloat16", 16, scales="none", served="any"),
-        KVFormat("float16", 16, scales="none", served="any"),
-        KVFormat("fp8", 8, scales="none", served="none"),  # e4m3: its exponent is scale enough
-        KVFormat("int8", 8, scales="token", served="native"),
-        KVFormat("int4", 4, scales="channel", served="none"),
+        KVFormat("float32", 32, scales="none", engines=_ALL),
+        KVFormat("bfloat16", 16, scales="none", engines=_ALL),
+        KVFormat("float16", 16, scales="none", engines=_ALL),
+        KVFormat("fp8", 8, scales="none", engines=frozenset(("card",))),  # e4m3: its exponent is scale enough
+        KVFormat("int8", 8, scales="token", engines=frozenset(("cpu", "card"))),
+        KVFormat("int4", 4, scales="pair", engines=frozenset(("card",))),
     )
 }
 
@@ -114,23 +121,51 @@ def kv_bytes_per_token(shape: KVShape, dtype_bytes: int) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype_bytes
 
 
-def segment_blocks(block_bytes: int, limit_bytes: int = SEGMENT_BYTES) -> int:
-    """Blocks of one segment: the largest power of two that stays within `limit_bytes`, at least 1."""
-    return 1 << max(0, (limit_bytes // block_bytes).bit_length() - 1)
+def kv_alignment(engine: KVEngine) -> int:
+    """What each part of a block is rounded up to, see `KVFormat.block_bytes`."""
+    return CARD_ALIGNMENT if engine == "card" else 1
 
 
-def plan_kv(shape: KVShape, *, kv_format: KVFormatName, block_size: int, budget_bytes: int) -> KVPlan:
-    """The pool that `budget_bytes` hold: whole blocks only."""
-    block_bytes = KV_FORMATS[kv_format].block_bytes(shape, block_size)
+def segment_blocks(block_bytes: int, limit_bytes: int = SEGMENT_BYTES, *, page_bytes: int = 1) -> int:
+    """Blocks of one segment: the largest power of two that stays within `limit_bytes`, at least 1.
+
+    Where memory comes in pages, twice or four times as many if that saves more than 1 % of it: nobody counts what lies
+    between a segment's end and that of its last page, and a plan is to hold within 1 %.
+    """
+    usual = 1 << max(0, (limit_bytes // block_bytes).bit_length() - 1)
+    for num_blocks in (usual, 2 * usual):
+        num_bytes = num_blocks * block_bytes
+        if -num_bytes % page_bytes * 100 <= num_bytes:
+            return num_blocks
+    return 4 * usual
+
+
+def plan_kv(
+    shape: KVShape,
+    *,
+    kv_format: KVFormatName,
+    block_size: int,
+    budget_bytes: int,
+    alignment: int = 1,
+    page_bytes: int = 1,
+) -> KVPlan:
+    """The pool that `budget_bytes` hold: whole blocks only.
+
+    `alignment`: see `KVFormat.block_bytes`; `page_bytes`: see `segment_blocks`.
+    """
+    block_bytes = KV_FORMATS[kv_format].block_bytes(shape, block_size, alignment=alignment)
     return KVPlan(
         bytes_per_token=-(-block_bytes // block_size),
         block_size=block_size,
         block_bytes=block_bytes,
-        segment_blocks=segment_blocks(block_bytes),
+        segment_blocks=segment_blocks(block_bytes, page_bytes=page_bytes),
         num_blocks=max(0, budget_bytes) // block_bytes,
     )
 
 
-def context_need_bytes(shape: KVShape, *, kv_format: KVFormatName, block_size: int, context_tokens: int) -> int:
-    """Bytes of the blocks of one sequence that fills the context."""
-    return -(-context_tokens // block_size) * KV_FORMATS[kv_format].block_bytes(shape, block_size)
+def context_need_bytes(
+    shape: KVShape, *, kv_format: KVFormatName, block_size: int, context_tokens: int, alignment: int = 1
+) -> int:
+    """Bytes of the blocks of one sequence that fills the context. `alignment`: see `KVFormat.block_bytes`."""
+    block_bytes = KV_FORMATS[kv_format].block_bytes(shape, block_size, alignment=alignment)
+    return -(-context_tokens // block_size) * block_bytes

@@ -42,7 +42,8 @@ class Card:
     """One card and its memory now. None: not told.
 
     `index` is its number among its vendor's cards here; `unified`: its memory is main memory (an APU).
-    `bandwidth_bytes_per_s` is the data sheet's, between the card and its own memory.
+    `bandwidth_bytes_per_s` is the data sheet's, between the card and its own memory. `target`: what compilers call the
+    chip, as sm_89 or gfx1100.
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -57,6 +58,7 @@ class Card:
     holders: tuple[Holder, ...] = ()
     unified: bool = False
     uuid: str | None = None
+    target: str | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -146,6 +148,7 @@ def _nvidia_card(library: nvml.Nvml, index: int, handle: Any, driver: str, proc:
     clock_mhz = library.optional("nvmlDeviceGetMaxClockInfo", handle, library.module.NVML_CLOCK_MEM)
     width_bits = library.optional("nvmlDeviceGetMemoryBusWidth", handle)
     uuid = library.optional("nvmlDeviceGetUUID", handle)
+    capability = library.optional("nvmlDeviceGetCudaComputeCapability", handle)
     return Card(
         "nvidia",
         index,
@@ -159,6 +162,7 @@ def _nvidia_card(library: nvml.Nvml, index: int, handle: Any, driver: str, proc:
         bandwidth_bytes_per_s=int(clock_mhz) * 2 * int(width_bits) // 8 * 10**6 if clock_mhz and width_bits else None,
         holders=reading.holders,
         uuid=str(uuid) if uuid else None,
+        target="sm_{}{}".format(*capability) if capability else None,
     )
 
 
@@ -190,6 +194,7 @@ def _amd_card(
 ) -> Card:
     reading = AmdReader(totals, pci_id, sysfs, proc, look_s=_PATIENCE_S).read(0.0)
     folder = card_folders(sysfs).get(pci_id)
+    node = next((node for node in read_nodes(sysfs) if node.pci_id == pci_id), None)
     link = link_of(folder) if folder is not None and not reading.unified else None  # an APU has none to speak of
     return Card(
         "amd",
@@ -204,6 +209,7 @@ def _amd_card(
         holders=reading.holders,
         unified=reading.unified,
         uuid=uuid_of(folder) if folder is not None else None,
+        target=node.target if node is not None else None,
     )
 
 

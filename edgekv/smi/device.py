@@ -14,6 +14,7 @@ from edgekv.smi.reader import ReadingFailed, Source
 from edgekv.smi.reader import Watched as Watched
 from edgekv.smi.sources import sources_for
 from edgekv.smi.torch_build import TorchBuild, read_torch_build
+from edgekv.smi.torch_code import NoCode, driven_as, why_no_code
 
 _MAIN_MEMORY = Watched("cpu")
 
@@ -55,7 +56,8 @@ class Place:
     """A device as torch calls it, its memory, and how much of that nobody holds.
 
     `reserve_bytes` is what its owner wants left free (the headroom; None: the usual), `most_bytes` the most that edgekv
-    may have of it in all (None: no limit).
+    may have of it in all (None: no limit). `target`: what compilers call the card, as sm_89 or gfx1100; None where that
+    is not known.
     """
 
     kind: Literal["cpu", "card"]
@@ -67,6 +69,12 @@ class Place:
     reserve_bytes: int | None = None
     most_bytes: int | None = None
     watched: Watched = _MAIN_MEMORY
+    target: str | None = None
+
+    @property
+    def is_real_card(self) -> bool:
+        """Whether it is a card that torch drives, rather than main memory that plays one."""
+        return self.kind == "card" and self.torch_name.startswith("cuda")
 
 
 def choose_place(device: str, devices: Mapping[str, Wanted], environ: MutableMapping[str, str] | None = None) -> Place:
@@ -80,11 +88,11 @@ def choose_place(device: str, devices: Mapping[str, Wanted], environ: MutableMap
     build = read_torch_build()
     if device == "auto":
         cards = usable_cards(build)
-        seen = [place for card in sorted(cards, key=_last_unified) if (place := _card_place(card, cards, environ))]
+        able = [card for card in sorted(cards, key=_last_unified) if _lacking_code(card, build, environ) is None]
+        seen = [place for card in able if (place := _card_place(card, cards, environ))]
         if seen:
             return _lent(seen[0], cards, devices)
-        note = _why_no_card(build) if not cards else f"{cards[0].name} is idle: the environment hides it from torch"
-        return _lent(_cpu_place(note), (), devices)
+        return _lent(_cpu_place(_why_no_card(build, cards, able)), (), devices)
     if device == "cpu" or devices[device].match.vendor == "cpu":
         return _lent(_cpu_place(""), (), devices, first=device)
     return _named_place(device, devices, build, environ)
@@ -145,6 +153,8 @@ def _named_place(
     if not _drives(build, wanted.match.vendor):
         version = build.version if build else "missing"
         raise ConfigError([f"error: devices.{device}: the installed torch ({version}) was not built for this card"])
+    if (lacking := _lacking_code(card, build, environ)) is not None:
+        raise ConfigError([f"error: devices.{device}: the installed torch {lacking.reason}; {lacking.remedy}"])
     place = _card_place(card, found.cards, environ)
     if place is None:
         hidden = "the environment hides this card from torch (*_VISIBLE_DEVICES)"
@@ -155,6 +165,11 @@ def _named_place(
 def _drives(build: TorchBuild | None, vendor: str) -> bool:
     # The order in which `usable_cards` decides: a build is for one vendor's cards.
     return build is not None and (build.cuda is not None if vendor == "nvidia" else not build.cuda and bool(build.hip))
+
+
+def _lacking_code(card: Card, build: TorchBuild | None, environ: Mapping[str, str]) -> NoCode | None:
+    target = driven_as(card.target, environ)
+    return why_no_code(target, build.targets) if build is not None and target is not None else None
 
 
 def _meant(match: Match, cards: Sequence[Card]) -> Card | None:
@@ -201,6 +216,7 @@ def _card_place(card: Card, cards: Sequence[Card], environ: MutableMapping[str, 
         note=number.doubt,
         total_bytes=card.total_bytes,
         watched=Watched(card.vendor, card.pci_id),
+        target=driven_as(card.target, environ),
     )
 
 
@@ -209,9 +225,14 @@ def _cpu_place(note: str) -> Place:
     return Place("cpu", "cpu", "CPU", memory.available_bytes, note, total_bytes=memory.total_bytes)
 
 
-def _why_no_card(build: TorchBuild | None) -> str:
+def _why_no_card(build: TorchBuild | None, cards: Sequence[Card], able: Sequence[Card]) -> str:
+    """Why the model goes to the CPU: `able` are those of `cards` that the installed torch has code for."""
+    if able:
+        return f"{able[0].name} is idle: the environment hides it from torch"
+    if cards and build is not None:
+        return f"{cards[0].name} is idle: the installed torch ({build.version}) has no code for it (edgekv doctor)"
     if build is not None and build.cuda is None and build.hip is None:
-        cards = (*survey_nvidia().cards, *survey_amd().cards)
-        if cards:
-            return f"{cards[0].name} is idle: the installed torch ({build.version}) is a CPU build"
+        idle = (*survey_nvidia().cards, *survey_amd().cards)
+        if idle:
+            return f"{idle[0].name} is idle: the installed torch ({build.version}) is a CPU build"
     return ""

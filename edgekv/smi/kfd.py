@@ -12,11 +12,15 @@ from edgekv.smi.small_files import list_folder, parse_number, parse_table, read_
 
 @dataclass(frozen=True, slots=True)
 class KfdNode:
-    """A card as KFD numbers it: `number` is its place in the topology, `gpu_id` the one in names of files."""
+    """A card as KFD numbers it: `number` is its place in the topology, `gpu_id` the one in names of files.
+
+    `target`: what compilers call it, as gfx1100; None where it is not told.
+    """
 
     number: int
     gpu_id: int
     pci_id: str
+    target: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,17 @@ def read_nodes(sysfs: Path) -> tuple[KfdNode, ...]:
         if not gpu_id or location is None or domain is None:  # gpu_id 0: a processor
             continue
         address = pci_address(domain, location >> 8 & 0xFF, location >> 3 & 0x1F, location & 7)
-        nodes.append(KfdNode(int(name), gpu_id, address))
+        version = parse_number(table.get(b"gfx_target_version", b""))
+        nodes.append(KfdNode(int(name), gpu_id, address, gfx_target(version) if version else None))
     return tuple(sorted(nodes, key=lambda node: node.number))
+
+
+def gfx_target(version: int) -> str:
+    """gfx90a of 90010: major, minor and step, two decimal digits each and the last two as one hexadecimal one.
+
+    (KFD_TOPOLOGY's gfx_target_version: drivers/gpu/drm/amd/amdkfd/kfd_device.c.)
+    """
+    return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
 
 
 def read_uses(sysfs: Path, node: KfdNode) -> list[KfdUse]:

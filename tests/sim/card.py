@@ -87,6 +87,7 @@ class CardState:
     uuid: str = "GPU-5ba1e0c2-0000-4000-8000-00000000edb0"
     memory_clock_mhz: int = 10501
     memory_bus_bits: int = 384
+    compute_capability: int = 89
     gpu_id: int = 51108
     card_number: int = 0
     pcie_generation: int = 4

@@ -18,6 +18,7 @@ from edgekv.kernels.cpu.build import SOURCES, library_name
 from tests.kernels.cpu import compiler
 
 REPOSITORY = Path(__file__).parents[2]
+OBJECT = "decode_split-0123456789abcdef-0123456789abcdef.hsaco"
 
 
 def project() -> dict[str, Any]:
@@ -57,12 +58,20 @@ def build_wheel(folder: Path, path: str) -> Path:
     for name in ("edgekv", "kernels"):  # without the link from one to the other
         skip = shutil.ignore_patterns("__pycache__", "kernels", "prebuilt")
         shutil.copytree(REPOSITORY / name, copy / name, ignore=skip)
+    prebuilt = copy / "kernels/prebuilt/gfx1100"  # as packaging/prebuild_kernels.py leaves it
+    prebuilt.mkdir(parents=True)
+    (prebuilt / OBJECT).write_bytes(b"code")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(copy)]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def headers(folder: Path) -> list[Path]:
+    """What GPU kernels are compiled from, relative to the folder."""
+    return [path.relative_to(folder) for path in folder.glob("*/*.h")]
 
 
 def unpacked(wheel: Path, folder: Path) -> Path:
@@ -91,6 +100,9 @@ def test_a_wheel_holds_the_kernels_and_uses_them(tmp_path: Path) -> None:
     assert not list(installed.glob("*.data"))  # nothing that an installer would have to move
     sources = {path.name for path in SOURCES.iterdir() if path.is_file()}
     assert sources <= {path.name for path in (installed / "edgekv/kernels/cpu/src").iterdir()}
+    for name in headers(REPOSITORY / "kernels"):
+        assert (installed / "edgekv/kernels" / name).is_file(), name
+    assert (installed / "edgekv/kernels/prebuilt/gfx1100" / OBJECT).read_bytes() == b"code"
 
     ask = "from edgekv.kernels.cpu.library import load_library; print(load_library().path)"
     environment = {"PYTHONPATH": str(installed), "PATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -104,7 +116,8 @@ def test_a_wheel_holds_the_kernels_and_uses_them(tmp_path: Path) -> None:
 def test_without_a_compiler_a_wheel_is_for_any_machine(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, "")
     assert wheel.name == f"edgekv-{edgekv.__version__}-py3-none-any.whl"
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "prebuilt" in name]
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if "/prebuilt/" in name]
+    assert names == [f"edgekv/kernels/prebuilt/gfx1100/{OBJECT}"], "code of cards runs on any machine"
 
 
 @needs_build

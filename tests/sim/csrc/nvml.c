@@ -291,6 +291,15 @@ enum status nvmlDeviceGetPcieThroughput(void *device, unsigned counter, unsigned
     return give_number(device, counter == 0 ? "pcie_sent_kb_s" : "pcie_received_kb_s", kb_per_s);
 }
 
+enum status nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor)
+{
+    unsigned capability = 0;
+    enum status status = give_number(device, "compute_capability", &capability);
+    *major = (int)capability / 10;
+    *minor = (int)capability % 10;
+    return status;
+}
+
 enum status nvmlDeviceGetMemoryBusWidth(void *device, unsigned *bits)
 {
     return give_number(device, "memory_bus_bits", bits);

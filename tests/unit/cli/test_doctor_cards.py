@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from edgekv.cli import doctor as doctor_module
+from edgekv.cli import doctor_cards
 from edgekv.cli.app import app
 from edgekv.cli.doctor_cards import card_findings
 from edgekv.cli.finding import Finding
@@ -36,6 +38,12 @@ def dev(tmp_path: Path) -> Path:
     for name in ("kfd", "dri/renderD128"):
         (tmp_path / name).write_text("")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said of those has tests of its own."""
+    monkeypatch.setattr(doctor_cards, "kernel_findings", lambda survey, build: iter(()))
 
 
 def findings(survey: Survey, build: TorchBuild | None, dev: Path) -> dict[str, Finding]:
@@ -72,6 +80,40 @@ def test_who_holds_memory_is_told_biggest_first(dev: Path) -> None:
 def test_a_torch_of_another_make_is_named(card: Card, build: TorchBuild | None, told: str, fix: str, dev: Path) -> None:
     finding = findings(Survey(card.vendor, (card,)), build, dev)[card.name]
     assert (finding.verdict, told in finding.found, fix in finding.fix) == ("warn", True, True)
+
+
+@pytest.mark.parametrize(
+    ("card", "build", "told", "fix"),
+    [
+        (
+            replace(GEFORCE, target="sm_61"),
+            replace(CUDA, targets=("sm_75", "sm_86")),
+            "sm_61; torch 2.13.0+cu130 has code for sm_75, sm_86 and none for sm_61",
+            "CUDA 12.6 is the last with it: pip install 'torch<2.15'",
+        ),
+        (
+            replace(RADEON, target="gfx1103"),
+            replace(ROCM, targets=("gfx1030", "gfx1100")),
+            "gfx1103, at 0000:03:00.0; torch 2.13.0+rocm7 has code for gfx1030, gfx1100 and none for gfx1103",
+            "torch[device-gfx1103]",
+        ),
+    ],
+)
+def test_a_torch_without_code_for_the_card_is_named(
+    card: Card, build: TorchBuild, told: str, fix: str, dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION", raising=False)
+    finding = findings(Survey(card.vendor, (card,)), build, dev)[card.name]
+    assert (finding.verdict, told in finding.found, fix in finding.fix) == ("warn", True, True)
+    fitting = replace(build, targets=(str(card.target),))
+    assert findings(Survey(card.vendor, (card,)), fitting, dev)[card.name].verdict == "ok"
+    assert findings(Survey(card.vendor, (card,)), replace(build, targets=()), dev)[card.name].verdict == "ok"
+
+
+def test_what_amds_runtime_is_told_of_a_card_counts(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "10.3.0")
+    card, build = replace(RADEON, target="gfx1031"), replace(ROCM, targets=("gfx1030",))
+    assert findings(Survey("amd", (card,)), build, dev)[card.name].verdict == "ok"
 
 
 def test_a_card_with_less_free_than_its_headroom_is_warned_of(dev: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ from typer.testing import CliRunner
 
 from edgekv.cli.app import app
 from edgekv.cli.owners import LOOKS, Owned, owner_bar
+from edgekv.core.capacity import Draft
 from edgekv.demo import draft_path, target_path
 from edgekv.engine.no_room import KVBudgetTooLarge
 from edgekv.engine.pinned import PinnedPromptRefused
-from edgekv.engine.settings import EngineSettings, lease, plan_engine
+from edgekv.engine.settings import EngineSettings, lease, plan_engine, weigh
 from edgekv.model.hf_config import read_spec
+from edgekv.model.weight_table import read_weight_table
 from edgekv.smi.device import Place
 from tests.unit.cli.shapes import LLAMA_3_8B, MISTRAL_7B, write_shape
 
 MIB, GIB = 1 << 20, 1 << 30
+NORMS = 65 * 4096  # parameters of Llama-3-8B's
 
 run = CliRunner().invoke
 
@@ -46,11 +50,13 @@ def test_the_plan_of_llama_3_8b(llama: Path) -> None:
     result = run(app, ["plan", str(llama), "--vram", "24GiB"])
     assert result.exit_code == 0, result.output
     assert "one token: 131,072 bytes (128.00 KiB) = 2 × 32 layers × 8 KV heads × 128 × 2 bytes" in result.stdout
-    assert "8,030,261,248 × 2 bytes" in result.stdout
+    assert re.search(r"^██  weights .* bf16 14.96 GiB *$", result.stdout, re.MULTILINE)
     plan = planned(llama, "--vram", "24GiB")
     tokens = plan["kv"]["pool_tokens"]
     assert plan["kv"]["bytes_per_token"] == 128 * 1024
-    assert plan["weight_bytes"] == 2 * 8_030_261_248
+    assert plan["weights"]["kinds"] == {"bf16": 2 * (8_030_261_248 - NORMS), "f32": 4 * NORMS}
+    padding = plan["weight_bytes"] - sum(plan["weights"]["kinds"].values())
+    assert 0 <= padding < 35 * 2 * MIB, "whole pages for each layer, embedding, head and norms"
     assert f"GPU KV cache size: {tokens:,} tokens" in result.stdout.splitlines()
     assert f"Maximum concurrency for 8,192 tokens per request: {tokens / 8192:.2f}x" in result.stdout.splitlines()
 
@@ -98,12 +104,10 @@ def test_what_is_planned_is_what_is_leased(
         kv_dtype=None if kv_dtype == "auto" else kv_dtype,  # type: ignore[arg-type]
     )
     if drafted:
-        from edgekv.core.capacity import Draft
-
-        settings = EngineSettings(
-            folder=folder, place=place, dtype=settings.dtype, kv_dtype=settings.kv_dtype,
-            draft=Draft(read_spec(draft_path()), "bfloat16"),
-        )  # fmt: skip
+        spec = read_spec(draft_path())
+        alone = EngineSettings(draft_path(), place)
+        choice, weights = weigh(alone, spec, read_weight_table(draft_path(), spec), native=True)
+        settings = replace(settings, draft=Draft(spec, choice.name, weights=weights))
     ledger = lease(plan_engine(settings, read_spec(folder))[1])
     assert ledger.statement() == plan["leases"]
     assert ledger.budget_bytes == plan["budget_bytes"]
@@ -126,7 +130,8 @@ def test_a_card_that_is_not_known_is_one_line_with_what_is_near() -> None:
 
 def test_how_fast_it_could_be_is_called_a_bound_and_computed_from_bytes(llama: Path) -> None:
     text = run(app, ["plan", str(llama), "--card", "7900xtx"]).stdout
-    weights = 2 * (8_030_261_248 - 128256 * 4096)  # one row of the embedding is read, not all
+    # One row of the embedding is read, not all; norms are float32.
+    weights = 2 * (8_030_261_248 - 128256 * 4096 + NORMS)
     first, last = 960e9 / weights, 960e9 / (weights + 8192 * 128 * 1024)
     bound = planned(llama, "--card", "7900xtx")["decode_upper_bound_tokens_per_s"]
     assert bound == {"start_of_context": pytest.approx(first), "end_of_context": pytest.approx(last)}
@@ -136,18 +141,55 @@ def test_how_fast_it_could_be_is_called_a_bound_and_computed_from_bytes(llama: P
     assert "tokens/s" not in run(app, ["plan", str(llama), "--vram", "24GiB"]).stdout
 
 
-def test_formats_that_cannot_be_served_yet_are_shown_and_marked(llama: Path) -> None:
+def test_formats_of_keys_and_values_on_a_card(llama: Path) -> None:
     plan = planned(llama, "--vram", "24GiB")
     formats = {row["name"]: row for row in plan["kv_formats"]}
     assert formats["bfloat16"]["pool_tokens"] == plan["kv"]["pool_tokens"]
     assert formats["float32"]["pool_tokens"] == plan["kv"]["num_blocks"] // 2 * 16
     assert formats["int8"]["block_bytes"] == 256 * (4096 + 64)
     assert formats["fp8"]["pool_tokens"] == 2 * plan["kv"]["pool_tokens"]
-    assert [name for name, row in formats.items() if not row["served"]] == ["fp8", "int8", "int4"]
-    text = run(app, ["plan", str(llama), "--vram", "24GiB"]).stdout
-    assert re.search(r"^bfloat16 .* ← this plan *$", text, re.MULTILINE)
-    assert re.search(r"^fp8 .* not available yet *$", text, re.MULTILINE)
-    assert re.search(r"^int8 .* with the native CPU kernels *$", text, re.MULTILINE)
+    assert formats["int4"]["block_bytes"] == 256 * (2048 + 128)
+    assert all(row["served"] for row in formats.values())
+    text = run(app, ["plan", str(llama), "--vram", "24GiB", "--kv-dtype", "int4"]).stdout
+    assert re.search(r"^int4 .* ← this plan *$", text, re.MULTILINE)
+    assert "= 2 × 32 layers × 8 KV heads × (128 × 0.5 + 4 of scale and zero) bytes" in text
+    for name in ("fp8", "int8", "int4"):
+        kv = planned(llama, "--vram", "24GiB", "--kv-dtype", name)["kv"]
+        assert kv["block_bytes"] == formats[name]["block_bytes"]
+        more = kv["pool_tokens"] - formats[name]["pool_tokens"]
+        assert 0 <= more < 4 * 16, "of what the pool of bfloat16 leaves, less than a block of that"
+
+
+def test_a_small_block_is_counted_with_its_padding(tmp_path: Path) -> None:
+    narrow = write_shape(tmp_path / "narrow", LLAMA_3_8B | {"num_key_value_heads": 2})
+    formats = {row["name"]: row for row in planned(narrow, "--vram", "24GiB")["kv_formats"]}
+    padded = 32 * 2 * (2 * 16 * 128 + 128)
+    assert formats["int8"]["block_bytes"] == padded, "64 bytes of scales take 128"
+    assert planned(narrow, "--vram", "24GiB", "--kv-dtype", "int8")["kv"]["block_bytes"] == padded
+
+
+def test_formats_that_what_runs_the_model_lacks_are_shown_and_marked(llama: Path, tmp_path: Path) -> None:
+    def rows(*arguments: object) -> dict[str, str]:
+        text = run(app, ["plan", *map(str, arguments)], env={"COLUMNS": "140"}).stdout
+        return dict(re.findall(r"^(fp8|int8|int4) .*[0-9]x +(\S.*?) *$", text, re.MULTILINE))
+
+    assert rows(llama, "--device", "cpu")["fp8"] == "on a card"
+    file = tmp_path / "c.yaml"
+    file.write_text(f"kv: {{block_size: 8}}\nmodels: {{m: {{path: {llama}}}}}\n")
+    lacking = "with the card's kernels"
+    assert rows(file, "--vram", "24GiB") == {"fp8": lacking, "int8": lacking, "int4": lacking}
+    assert planned(file, "--vram", "24GiB")["weights"]["kinds"].keys() == {"bfloat16"}, "torch runs it"
+    odd = write_shape(tmp_path / "odd", LLAMA_3_8B | {"head_dim": 80})
+    assert set(rows(odd, "--vram", "24GiB").values()) == {"not for this model"}
+
+
+def test_a_format_that_only_cards_have_is_refused_on_the_cpu(llama: Path) -> None:
+    refused = run(app, ["plan", str(llama), "--device", "cpu", "--kv-dtype", "fp8"])
+    assert (refused.exit_code, str(refused.exception)) == (
+        1,
+        "kv.dtype: fp8 needs a card's kernels, but this model runs on the CPU. Set kv.dtype to int8; or set kv.dtype "
+        "to auto",
+    )
 
 
 def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
@@ -161,8 +203,8 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--vram", "16GiB"], ["int8 weights (on a card not available yet) would take 7.95 GiB and leave 51,904 tokens",
-                                 "int4 weights (on a card not available yet) would take 4.70 GiB and leave"]),
+        (["--vram", "16GiB"], [" ✓ --weights int8: 6.98 GiB less for the weights; the pool would hold ",
+                                 " ✓ --weights int4: 10.23 GiB less for the weights; the pool would hold "]),
         (
             ["--vram", "24GiB", "--dtype", "float32"],
             ["--dtype bfloat16: 14.96 GiB less for the weights; the pool would hold", "it fits then"],
@@ -170,7 +212,8 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
         (
             ["--vram", "24GiB", "--kv-budget", "512MiB"],
             ["--kv-budget 1024MiB: one request of the whole context", "--context 4096: the longest that fits as it is",
-             "int8 KV (on a card not available yet) would hold 8,064 tokens"],
+             "--kv-dtype int8: 8 bits for each number; the pool would hold 8,064 tokens: it fits with --context 8064",
+             "--kv-dtype int4: 4 bits for each number; the pool would hold 15,408 tokens: it fits then"],
         ),
         (
             ["--vram", "24GiB", "--kv-budget", "512MiB", "--kv-dtype", "float32"],
@@ -184,7 +227,7 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
         (["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"], ["without --draft: 1.00 GiB less; the pool"]),
         (
             ["--vram", "24GiB", "--others", "7GiB"],
-            ["closing other programs, which hold 7.00 GiB, would do", "a model of at most 7.4 B parameters in bf"],
+            ["closing other programs, which hold 7.00 GiB, would do", "a model of at most 7.4 B parameters kept as"],
         ),
     ],
 )  # fmt: skip
@@ -221,6 +264,17 @@ def test_every_remedy_that_is_ticked_works(llama: Path, options: list[str]) -> N
         assert planned(llama, *changed, *added)["fits"], made
 
 
+def test_what_a_cards_kernels_would_bring_is_told_where_they_could_run_the_model(llama: Path, tmp_path: Path) -> None:
+    """Blocks of 8 they do not have; a head dim of 80 they have not with any blocks."""
+    file, odd = tmp_path / "c.yaml", write_shape(tmp_path / "odd", LLAMA_3_8B | {"head_dim": 80})
+    for model, told in ((llama, True), (odd, False)):
+        file.write_text(f"kv: {{block_size: 8}}\nmodels: {{m: {{path: {model}}}}}\n")
+        texts = [made["brings"] for made in planned(file, "--vram", "16GiB")["remedies"]]
+        brings = "int8 weights (with the card's kernels) would take 7.9"
+        assert any(text.startswith(brings) for text in texts) == told, texts
+        assert any("with the card's kernels" in text for text in texts) == told
+
+
 def test_the_longest_context_that_fits_is_the_longest(llama: Path) -> None:
     [made] = [made for made in planned(llama, "--vram", "17.5GiB")["remedies"] if "--context" in made["options"]]
     longest = int(made["options"].split()[1])
@@ -231,7 +285,7 @@ def test_the_longest_context_that_fits_is_the_longest(llama: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--vram", "16"], ["--kv-dtype", "fp9"], ["--kv-dtype", "fp8"], ["--kv-budget", "x"], ["--device", "tpu"],
+        ["--vram", "16"], ["--kv-dtype", "fp9"], ["--kv-budget", "x"], ["--device", "tpu"],
         ["--draft-kv", "1GiB"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"], ["--weights", "int3"],
     ],
 )  # fmt: skip

@@ -92,9 +92,61 @@ def test_the_kernels_run_what_they_can_where_they_are(llama: Path, monkeypatch: 
         assert runs_natively(asked, spec) == available
         assert not runs_natively(asked, replace(spec, head_dim=24))
         assert not runs_natively(replace(asked, block_size=8), spec)
-        assert not runs_natively(replace(asked, place=CARD), spec)
         assert runs_natively(replace(asked, native=True), spec)
         assert not runs_natively(replace(asked, native=False), spec)
+
+
+def test_a_cards_kernels_are_taken_to_be_available(llama: Path) -> None:
+    asked, spec = settings(llama, native=None, place=CARD), read_spec(llama)
+    assert runs_natively(asked, spec)
+    assert runs_natively(replace(asked, block_size=32), spec)
+    assert not runs_natively(replace(asked, block_size=8), spec)
+    assert not runs_natively(asked, replace(spec, head_dim=80))
+    assert not runs_natively(replace(asked, native=False), spec)
+    played = replace(CARD, torch_name="cpu")
+    assert not runs_natively(replace(asked, place=played), spec), "main memory has no card's kernels"
+    for target, has in (("sm_61", False), ("sm_75", True), ("sm_120", True), ("gfx906", False), ("gfx1030", True)):
+        assert runs_natively(replace(asked, place=replace(CARD, target=target)), spec) == has
+
+
+def test_what_a_card_keeps_of_weights(llama: Path, awq: Path) -> None:
+    place = replace(CARD, free_bytes=64 * GIB, total_bytes=64 * GIB)
+    quantised = planned(llama, weight_format="int4", place=place)[1].weights
+    planes = {"q4_0": LINEAR * 18 // 32, "q8_0": 2 * TABLE * 34 // 32, "f32": NORMS}
+    assert quantised.kinds == planes
+    assert quantised.step == sum(planes.values()) - TABLE * 34 // 32
+    choice, kept = planned(awq, place=place)
+    assert (choice.name, choice.keeps_stored) == ("bfloat16", True)
+    # Plain numbers are all in what it computes in.
+    assert kept.weights.kinds == {"affine4_128": LINEAR * 68 // 128, "bf16": 2 * 2 * TABLE, "f32": NORMS}
+    wide = planned(llama, dtype="float32", place=place)[1].weights
+    assert wide.kinds == {"f32": 4 * (LINEAR + 2 * TABLE) + NORMS}
+    assert wide.total < 1.01 * wide.kinds["f32"]
+    choice, unpacked = planned(awq, place=place, native=False)
+    assert "unpacked to float16: the card's kernels are not in use" in choice.reason
+    assert unpacked.weight_bytes == 2 * 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "dtype", "told"),
+    [
+        ("LlamaForCausalLM", "sm_75", "float16", "as the checkpoint, but this card has no bfloat16"),
+        ("Gemma2ForCausalLM", "sm_75", "float32", "whose range Gemma needs"),
+        ("LlamaForCausalLM", "sm_80", "bfloat16", "as the checkpoint"),
+        ("LlamaForCausalLM", "gfx1030", "bfloat16", "as the checkpoint"),
+    ],
+)
+def test_a_card_without_bfloat16_computes_in_something_else(
+    architecture: str, target: str, dtype: str, told: str, llama: Path
+) -> None:
+    place = replace(CARD, free_bytes=64 * GIB, total_bytes=64 * GIB, target=target)
+    asked = settings(llama, place=place)
+    choice, memory = plan_engine(asked, replace(read_spec(llama), architecture=architecture))
+    assert (choice.name, memory.kv_dtype) == (dtype, dtype)
+    assert told in choice.reason
+    choice, memory = plan_engine(replace(asked, weight_format="int4"), read_spec(llama))
+    assert choice.name == ("float16" if target == "sm_75" else "bfloat16")
+    assert memory.weights.kinds.keys() == {"q4_0", "q8_0", "f32"}
 
 
 def test_remedies_are_real_with_the_kernels(llama: Path) -> None:

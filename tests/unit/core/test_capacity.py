@@ -84,6 +84,24 @@ def test_a_segment_is_the_largest_power_of_two_within_64_mib(block_bytes: int, b
     assert segment_blocks(block_bytes) == blocks
 
 
+@given(st.integers(1, 1 << 27))
+def test_a_segment_of_pages_wastes_at_most_one_percent(block_bytes: int) -> None:
+    usual, paged = segment_blocks(block_bytes), segment_blocks(block_bytes, page_bytes=2 * MIB)
+    num_bytes = paged * block_bytes
+    wasted = -num_bytes % (2 * MIB)
+    assert paged in (usual, 2 * usual, 4 * usual)
+    assert wasted * 100 <= num_bytes or num_bytes > 64 * MIB
+    assert wasted * 64 <= num_bytes, "not even where four times as many do not help"
+
+
+def test_a_segment_of_usual_size_is_kept_where_it_fills_its_pages() -> None:
+    assert segment_blocks(2 * MIB, page_bytes=2 * MIB) == segment_blocks(2 * MIB) == 32
+    # Llama-3-8B in int8: 32.5 MiB would take 34, and 65 take 66.
+    int8 = KV_FORMATS["int8"].block_bytes(LLAMA_8B, 16)
+    assert segment_blocks(int8) == 32
+    assert segment_blocks(int8, page_bytes=2 * MIB) == 128
+
+
 @given(st.integers(1, 1 << 24), st.integers(0, 1 << 34))
 def test_segments_hold_exactly_the_pool(bytes_per_head: int, budget: int) -> None:
     shape = Shape(1, 1, max(1, bytes_per_head // 4))
@@ -135,7 +153,7 @@ def test_quantised_weights_stay_so_on_the_native_kernels_and_are_unpacked_withou
     for parameters, device, name, why in (
         (small, "cpu", "float32", "native CPU kernels are not in use"),
         (large, "cpu", "bfloat16", "native CPU kernels are not in use"),
-        (large, "card", "float16", "no kernels for them on a card yet"),
+        (large, "card", "float16", "the card's kernels are not in use"),
     ):
         made = choose_dtype("float16", parameters, device, quantised=True)  # type: ignore[arg-type]
         assert (made.name, made.keeps_stored) == (name, False)
@@ -255,16 +273,18 @@ def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_block"),
-    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; scales of two bytes: for each token of K and of V
-    # (int8), or for each of 128 channels of K and each token of V (int4)
+    # K and V of 16 tokens x 128 elements, 32 layers x 8 heads; for each token of K and of V a scale of two bytes (int8)
+    # or a scale and a zero (int4)
     [("float32", 4096 * 4), ("bfloat16", 4096 * 2), ("float16", 4096 * 2), ("fp8", 4096), ("int8", 4096 + 64),
-     ("int4", 2048 + 288)],
+     ("int4", 2048 + 128)],
 )  # fmt: skip
 def test_blocks_of_each_format(name: KVFormatName, bytes_per_block: int) -> None:
     made = KV_FORMATS[name]
     assert made.block_bytes(LLAMA_8B, 16) == 256 * bytes_per_block
-    assert made.is_served(native=False) == (name in ("float32", "bfloat16", "float16"))
-    assert made.is_served(native=True) == (name in ("float32", "bfloat16", "float16", "int8"))
+    assert made.block_bytes(LLAMA_8B, 16, alignment=128) == made.block_bytes(LLAMA_8B, 16)
+    assert ("torch" in made.engines) == (name in ("float32", "bfloat16", "float16"))
+    assert ("cpu" in made.engines) == (name not in ("fp8", "int4"))
+    assert "card" in made.engines
     kv = plan_kv(LLAMA_8B, kv_format=name, block_size=16, budget_bytes=GIB)
     assert kv.num_blocks == GIB // (256 * bytes_per_block)
     assert kv.bytes_per_token == -(-256 * bytes_per_block // 16)

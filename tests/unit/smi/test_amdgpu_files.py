@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edgekv.smi.amdgpu_sysfs import card_folders, link_of, name_of, read_totals, shares_main_memory, uuid_of
-from edgekv.smi.kfd import KfdNode, KfdUse, read_evicted_ms, read_nodes, read_uses
+from edgekv.smi.kfd import KfdNode, KfdUse, gfx_target, read_evicted_ms, read_nodes, read_uses
 from edgekv.smi.pci import parse_pci_address
 from edgekv.smi.reader import ReadingFailed
 from edgekv.smi.small_files import parse_number, read_line, read_number
@@ -97,10 +97,22 @@ def test_kfd_numbers_cards_and_counts_their_processes(card: SimulatedCard) -> No
         others=((4711, "game", 2 * GIB), (4712, "render", 3 * GIB)), both_lists=(4712,), evicted_ms=250, own_pid=99
     )
     [node] = read_nodes(card.sysfs)
-    assert node == KfdNode(1, card.state.gpu_id, PCI)
+    assert node == KfdNode(1, card.state.gpu_id, PCI, "gfx1100")
     assert sorted(read_uses(card.sysfs, node), key=lambda use: use.pid) == [KfdUse(99, GIB), KfdUse(4712, 3 * GIB)]
     assert read_evicted_ms(card.sysfs, node, 99) == 250
     assert read_evicted_ms(card.sysfs, node, 4711) is None
+
+
+def test_kfds_version_of_a_chip_is_what_compilers_call_it() -> None:
+    names = {
+        90010: "gfx90a",
+        90402: "gfx942",
+        100300: "gfx1030",
+        110000: "gfx1100",
+        110501: "gfx1151",
+        120001: "gfx1201",
+    }
+    assert {version: gfx_target(version) for version in names} == names
 
 
 def kfd_node(sysfs: Path, name: str, gpu_id: object, properties: str) -> None:

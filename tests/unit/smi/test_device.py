@@ -89,6 +89,34 @@ def test_auto_without_a_usable_card_is_the_cpu_and_says_why(has) -> None:  # typ
     assert choose_place("auto", {}, {}).note == ""
 
 
+def test_a_card_that_torch_has_no_code_for_is_not_taken(has) -> None:  # type: ignore[no-untyped-def]
+    old = replace(SMALL, name="NVIDIA GTX 1080", target="sm_61")
+    build = replace(CUDA, targets=("sm_75", "sm_86", "compute_120"))
+    has(build, old)
+    place = choose_place("auto", {}, {})
+    idle = "NVIDIA GTX 1080 is idle: the installed torch (2.13.0+cu130) has no code for it (edgekv doctor)"
+    assert (place.kind, place.note) == ("cpu", idle)
+    with pytest.raises(ConfigError) as refused:
+        choose_place("mine", {"mine": says("nvidia")}, {})
+    assert str(refused.value) == (
+        "error: devices.mine: the installed torch has code for sm_75, sm_86, compute_120 and none for sm_61; CUDA 12.6 "
+        "is the last with it: pip install 'torch<2.15' --index-url https://download.pytorch.org/whl/cu126"
+    )
+    # The number is still among all cards.
+    has(build, old, replace(LARGE, target="sm_89"))
+    place = choose_place("auto", {}, {})
+    assert (place.title, place.torch_name, place.target) == ("NVIDIA RTX 4090", "cuda:1", "sm_89")
+    has(CUDA, old)  # a build that does not say what it is for
+    assert choose_place("auto", {}, {}).title == "NVIDIA GTX 1080"
+
+
+def test_amds_runtime_may_be_told_that_a_card_is_another(has) -> None:  # type: ignore[no-untyped-def]
+    has(replace(ROCM, targets=("gfx1030", "gfx1100")), replace(XTX, name="Radeon RX 6700 XT", target="gfx1031"))
+    assert choose_place("auto", {}, {}).kind == "cpu"
+    told = choose_place("auto", {}, {"HSA_OVERRIDE_GFX_VERSION": "10.3.0"})
+    assert (told.title, told.target) == ("Radeon RX 6700 XT", "gfx1030")
+
+
 def test_a_card_that_the_environment_hides_is_not_taken(has) -> None:  # type: ignore[no-untyped-def]
     has(CUDA, SMALL)
     place = choose_place("auto", {}, {"CUDA_VISIBLE_DEVICES": ""})

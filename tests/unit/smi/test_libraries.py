@@ -141,6 +141,7 @@ def test_nvidias_cards_are_surveyed(start: Start) -> None:
     assert (card["vendor"], card["index"], card["name"], card["pci_id"]) == ("nvidia", 0, "NVIDIA RTX 4090", PCI)
     assert (card["total_bytes"], card["used_bytes"]) == (24 * GIB, 6 * GIB + 300 * MIB)
     assert card["link"] == {"generation": 3, "width": 8}
+    assert card["target"] == "sm_89"
     assert [holder["name"] for holder in card["holders"] if holder["pid"] == 4711] == ["game"]
     assert card["driver"] == "570.86.15"
 
@@ -229,6 +230,7 @@ def test_amds_cards_are_surveyed(start: Start) -> None:
     assert (card["vendor"], card["index"], card["name"], card["pci_id"]) == ("amd", 0, "Radeon RX 7900 XTX", PCI)
     assert (card["total_bytes"], card["used_bytes"], card["unified"]) == (24 * GIB, 6 * GIB, False)
     assert card["link"] == {"generation": 4, "width": 16}
+    assert card["target"] == "gfx1100"
     assert card["holders"] == [{"pid": 4711, "name": "game", "num_bytes": 6 * GIB}]
 
 
