@@ -6,6 +6,7 @@ What they found is kept in build/, by everything that it depends on, so that onl
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -18,9 +19,8 @@ from pathlib import Path
 from kernel_resources import Resources, assembly_resources, cubin_resources
 
 from edgekv.kernels.rt.compiler import CompileFailed, CompilerKind, CompilerMissing, compiler_options, define_options
-from edgekv.kernels.rt.installed import find_compiler
 from edgekv.kernels.rt.registry import KERNELS, KernelSpec
-from edgekv.kernels.rt.rtc import line_that_matters
+from edgekv.kernels.rt.rtc import RuntimeCompiler, line_that_matters
 from edgekv.kernels.rt.source import read_source
 
 RESULTS = Path(__file__).resolve().parents[1] / "build" / "kernel-matrix"
@@ -58,7 +58,7 @@ class Nvrtc:
 
     def __init__(self) -> None:
         """Raises CompilerMissing."""
-        self._compiler = find_compiler("nvrtc", major=_CUDA)
+        self._compiler = RuntimeCompiler("nvrtc", _nvrtc_of_pip())
         self.identity = self._compiler.identity
 
     def options(self, unit: Unit) -> tuple[str, ...]:
@@ -72,6 +72,21 @@ class Nvrtc:
         except CompileFailed as error:
             raise NotCompiled(str(error)) from None
         return cubin_resources(compiled.code, compiled.log)
+
+
+def _nvrtc_of_pip() -> Path:
+    """Not what `find_compiler` finds, which would rather have one that this process has loaded already, as tests do.
+
+    Raises CompilerMissing.
+    """
+    package = find_spec("nvidia")
+    folders = [] if package is None else list(package.submodule_search_locations or ())
+    name = re.compile(rf"libnvrtc\.so\.{_CUDA}(\.\d+)*")
+    found = (path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so*"))
+    paths = [path for path in found if name.fullmatch(path.name)]
+    if not paths:
+        raise CompilerMissing(f"there is no NVRTC {_CUDA} of pip", "pip install nvidia-cuda-nvrtc")
+    return max(paths)
 
 
 class ClangForAmd:
