@@ -51,7 +51,7 @@ def test_a_stream_says_the_same_and_counts_the_same(client: openai.OpenAI) -> No
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
-    assert len(chunks) > 20
+    assert len(chunks) >= 4, "role, text, reason, usage; how much text is in a chunk depends on who else is busy"
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 60
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
 
