@@ -91,6 +91,21 @@ def test_pinned_prompts_do_not_share_a_row_of_the_block_tables(card: HostCard) -
     assert core.stats().cached_prompt_tokens > 0
 
 
+def test_every_kernel_ran_before_anybody_asks(card: HostCard) -> None:
+    core, _ = assemble(settings(), quiet, sources=())
+    assert isinstance(core.runner, CardRunner)
+    assert set(core.runner.kernels()) <= set(card.launched)
+
+
+def test_what_libraries_took_since_the_plan_has_a_lease(card: HostCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(place: Place, planned: int, sources: object) -> Runtime:
+        return Runtime(planned + (0 if card.num_launches == 0 else 7 * MIB), "as measured")
+
+    monkeypatch.setattr(assembling, "measure_runtime", measure)
+    _, assembly = assemble(settings(), quiet, sources=())
+    assert assembly.leases["libraries"] == 7 * MIB
+
+
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int8", "int4"])
 def test_formats_that_only_kernels_have(kv_dtype: str, card: HostCard) -> None:
     core, assembly = assemble(settings(kv_dtype=kv_dtype, weight_format="int4"), quiet, sources=())
