@@ -91,10 +91,13 @@ def test_pinned_prompts_do_not_share_a_row_of_the_block_tables(card: HostCard) -
     assert core.stats().cached_prompt_tokens > 0
 
 
-def test_every_kernel_ran_before_anybody_asks(card: HostCard) -> None:
+def test_every_program_ran_before_anybody_asks(card: HostCard) -> None:
     core, _ = assemble(settings(), quiet, sources=())
     assert isinstance(core.runner, CardRunner)
     assert set(core.runner.kernels()) <= set(card.launched)
+    prefills = [spec for spec in card.launched if spec.source == "attn/prefill_paged.h"]
+    layers, ragged = 2, (16, 32, 48)
+    assert len(prefills) >= layers * len(ragged)
 
 
 def test_what_libraries_took_since_the_plan_has_a_lease(card: HostCard, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,18 @@ def test_every_way_of_sampling_equals_the_processors(tiny: Tiny) -> None:
         assert [x for _, x in got.top_logprobs] == pytest.approx([x for _, x in want.top_logprobs], abs=1e-4)
 
 
+def test_a_row_that_is_nobodys_counts_nothing(tiny: Tiny) -> None:
+    card = HostCard()
+    engine = CardHarness(card_model(tiny("llama"), card), card)
+    for prompt, count in zip(prompts(14, 9, 12, 15), (3, 12, 12), strict=True):
+        engine.submit(prompt, count)
+    # The last row of four, and then the third of three: what was its row is only padding.
+    counted = engine.submit(prompts(15, 11)[0], 12, frequency_penalty=0.3)
+    engine.run()
+    table = engine.buffers.view("counts", 4, 199, dtype=torch.int16)
+    assert int((table & 0x7FFF).sum()) == len(engine.outputs[counted]) == 12
+
+
 def test_a_sequence_has_the_same_tokens_alone_and_among_others(tiny: Tiny) -> None:
     own, alone = prompts(3, 30, 11, 45, 5, 19), []
     for prompt, sampling in zip(own, SAMPLING.values(), strict=False):
