@@ -20,9 +20,7 @@ START_S = 120.0  # patience on a busy machine; how long it takes is printed by t
 class RealServer:
     """A running `edgekv serve`; `module` is what is run instead of edgekv."""
 
-    def __init__(
-        self, *arguments: str, variables: Mapping[str, str] | None = None, module: str = "edgekv"
-    ) -> None:
+    def __init__(self, *arguments: str, variables: Mapping[str, str] | None = None, module: str = "edgekv") -> None:
         command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGEKV_")}
         environment |= variables or {}
@@ -101,9 +99,11 @@ class RealServer:
 
 
 @contextmanager
-def real_server(*arguments: str, variables: Mapping[str, str] | None = None) -> Iterator[RealServer]:
-    """A server that ends with the block, cleanly. `variables` are set in its environment."""
-    server = RealServer(*arguments, variables=variables)
+def real_server(
+    *arguments: str, variables: Mapping[str, str] | None = None, module: str = "edgekv"
+) -> Iterator[RealServer]:
+    """A server that ends with the block, cleanly. `variables` are set in its environment; see `RealServer`."""
+    server = RealServer(*arguments, variables=variables, module=module)
     try:
         yield server
         assert server.stop() == 0, server.output

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,7 +38,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What EK_FORM_Q8 is: values, scales and sums of a [rows, width] in groups of 32."""
     padded = F.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
     top = padded.abs().amax(-1)
-    values = (padded * torch.where(top > 0, 127 / top, 0).unsqueeze(-1)).round().to(torch.int8)
+    most = torch.full_like(top, 127)  # `127 / top` would be 127 times the reciprocal, which is another number
+    values = (padded * torch.where(top > 0, most / top, 0).unsqueeze(-1)).round().to(torch.int8)
     return values.flatten(1), top / 127, values.sum(-1, dtype=torch.int32)
 
 
@@ -94,6 +95,7 @@ def test_norm(threads: Pool, width: int, tokens: int, seed: int, forms: int, sto
 
 @settings(deadline=None, max_examples=40)
 @given(width=widths, tokens=counts, seed=seeds, forms=st.integers(1, 7))
+@example(width=179, tokens=4, seed=55, forms=4)  # half the largest of its group: 63.5, but for how 127 / top rounds
 def test_prepare(threads: Pool, width: int, tokens: int, seed: int, forms: int) -> None:
     room = Room([width], tokens)
     x = draw(tokens, width, seed=seed, scale=10)
