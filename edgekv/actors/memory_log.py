@@ -84,7 +84,7 @@ class MemoryLog:
             self._end_growth()
         self._pool_tokens = pool_tokens
         if given_back > 0:
-            text = f"gave {format_size(given_back)} of KV cache back: {self._cause}; {self._pool()}"
+            text = f"gave {format_size(given_back)} back: {self._cause}; {self._pool()}"
             self._tell("shrunk", given_back, text)
             self._cause = _NO_CAUSE
         if taken > 0:
@@ -96,7 +96,7 @@ class MemoryLog:
     def _end_growth(self) -> None:
         if self._grown_bytes:
             size = format_size(self._grown_bytes)
-            self._tell("grown", self._grown_bytes, f"took {size} for the KV cache that others left; {self._pool()}")
+            self._tell("grown", self._grown_bytes, f"took {size} that others left; {self._pool()}")
             self._grown_bytes = 0
 
     def _pool(self) -> str:

@@ -3,7 +3,7 @@
 Both use these functions with the same inputs, so what is promised before loading is what is there afterwards.
 
     device memory = others + headroom + budget              (less where `vram_budget` allows less)
-    budget        = runtime + weights + workspace + graphs + draft (weights, KV) + KV pool + unused
+    budget        = runtime + weights + workspace + graphs + draft (weights, workspace, KV) + KV pool + unused
 """
 
 from collections.abc import Sequence
@@ -100,12 +100,20 @@ class WeightBytes:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A draft model to plan for. None: `kv_bytes`, its pool, is chosen; `weights` are all its parameters in `dtype`."""
+    """A draft model to plan for.
+
+    None: `kv_bytes`, its pool, is chosen; `weights` are all its parameters in `dtype`, which `kv_format` is too.
+    `workspace_bytes`: of one of its steps, captured ones with it; None for an estimate. `kv_alignment`: see
+    `KVFormat.block_bytes`.
+    """
 
     shape: ModelShape
     dtype: DtypeName
     kv_bytes: int | None = None
     weights: WeightBytes | None = None
+    workspace_bytes: int | None = None
+    kv_format: KVDtypeName | None = None
+    kv_alignment: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,8 @@ class DraftPlan:
     weights: WeightBytes
     kv: KVPlan
     dtype: DtypeName
+    kv_dtype: KVDtypeName
+    workspace_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -123,8 +133,8 @@ class DraftPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Weights and KV pool."""
-        return self.weight_bytes + self.kv.pool_bytes
+        """Weights, workspace and KV pool."""
+        return self.weight_bytes + self.workspace_bytes + self.kv.pool_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +192,7 @@ class MemoryPlan:
             "workspace": self.workspace_bytes,
             "graphs": self.graphs_bytes,
             "weights.draft": 0 if draft is None else draft.weight_bytes,
+            "workspace.draft": 0 if draft is None else draft.workspace_bytes,
             "kv.draft": 0 if draft is None else draft.kv.pool_bytes,
             "kv.target": self.kv.pool_bytes,
         }
@@ -220,7 +231,7 @@ def workspace_bytes(
     kv_dtype: KVDtypeName,
     context_tokens: int,
     max_step_tokens: int,
-    max_sequences: int,
+    max_sampled: int,
 ) -> int:
     """An upper estimate of what one step allocates: activations, attention's scratch, and logits with their sorting.
 
@@ -243,7 +254,7 @@ def workspace_bytes(
         attention += 2 * 4 * min(CAPPED_SCORES, shape.num_heads * max_step_tokens * context_tokens)
     if device == "card":
         attention += max_step_tokens * context_tokens * kv_bytes
-    logits = max_sequences * shape.vocab_size * (4 + 4 + 8)  # float32, its softmax, and int64 sorting indices
+    logits = max_sampled * shape.vocab_size * (4 + 4 + 8)  # float32, its softmax, and int64 sorting indices
     return activations + attention + logits
 
 
@@ -287,20 +298,55 @@ def auto_kv_budget(*, device: DeviceKind, free_bytes: int, one_context_bytes: in
     return max(0, min(wanted, free_bytes // 2, max_sequences * one_context_bytes))
 
 
-def plan_draft(draft: Draft, *, free_bytes: int, block_size: int, context_tokens: int, max_sequences: int) -> DraftPlan:
+def plan_draft(
+    draft: Draft,
+    *,
+    device: DeviceKind,
+    free_bytes: int,
+    block_size: int,
+    context_tokens: int,
+    max_sequences: int,
+    max_step_tokens: int,
+) -> DraftPlan:
     """A draft's share of `free_bytes`, which the target's weights and workspace leave.
 
     Unless told otherwise its pool gets DRAFT_KV_BYTES, at most a quarter of what is left, and never more than
     `max_sequences` full contexts could use.
     """
     weights = draft.weights or WeightBytes.assumed(draft.shape, draft.dtype)
+    kv_format: KVDtypeName = draft.kv_format or draft.dtype
+    context = min(context_tokens, draft.shape.max_position_embeddings)
+    workspace = draft.workspace_bytes
+    if workspace is None:
+        workspace = workspace_bytes(
+            draft.shape,
+            device=device,
+            dtype_bytes=DTYPE_BYTES[draft.dtype],
+            kv_dtype=kv_format,
+            context_tokens=context,
+            max_step_tokens=max_step_tokens,
+            max_sampled=max_sequences,
+        )
     kv_bytes = draft.kv_bytes
     if kv_bytes is None:
-        context = min(context_tokens, draft.shape.max_position_embeddings)
-        one = context_need_bytes(draft.shape, kv_format=draft.dtype, block_size=block_size, context_tokens=context)
-        kv_bytes = min(DRAFT_KV_BYTES, max_sequences * one, max(0, free_bytes - weights.total) // 4)
-    kv = plan_kv(draft.shape, kv_format=draft.dtype, block_size=block_size, budget_bytes=kv_bytes)
-    return DraftPlan(weights, kv, draft.dtype)
+        one = context_need_bytes(
+            draft.shape,
+            kv_format=kv_format,
+            block_size=block_size,
+            context_tokens=context,
+            alignment=draft.kv_alignment,
+        )
+        left = free_bytes - weights.total - workspace
+        kv_bytes = min(DRAFT_KV_BYTES, max_sequences * one, max(0, left) // 4)
+    kv = plan_kv(
+        draft.shape,
+        kv_format=kv_format,
+        block_size=block_size,
+        budget_bytes=kv_bytes,
+        alignment=draft.kv_alignment,
+        page_bytes=CARD_PAGE_BYTES if device == "card" else 1,
+    )
+    return DraftPlan(weights, kv, draft.dtype, kv_format, workspace)
 
 
 def plan_memory(
@@ -324,6 +370,7 @@ def plan_memory(
     kv_budget: int | float | None = None,
     draft: Draft | None = None,
     kv_alignment: int = 1,
+    max_proposed: int = 0,
 ) -> MemoryPlan:
     """Share the device's `total_bytes` out.
 
@@ -347,6 +394,7 @@ def plan_memory(
         kv_budget: the pool in bytes (int), as a share of what is free (float), or None to choose.
         draft: a draft model beside it.
         kv_alignment: of the parts of a block, see `KVFormat.block_bytes`.
+        max_proposed: proposed tokens in one step, of which each has logits of its own.
     """
     free = total_bytes if free_bytes is None else free_bytes
     kept_free = headroom_bytes(total_bytes) if reserve_bytes is None else reserve_bytes
@@ -360,7 +408,7 @@ def plan_memory(
             kv_dtype=kv_dtype,
             context_tokens=context_tokens,
             max_step_tokens=max_step_tokens,
-            max_sequences=max_sequences,
+            max_sampled=max_sequences + max_proposed,
         )
     if graphs is None:
         graphs = graphs_bytes(shape, device=device, max_sequences=max_sequences)
@@ -369,7 +417,13 @@ def plan_memory(
     drafted = None
     if draft is not None:
         drafted = plan_draft(
-            draft, free_bytes=left, block_size=block_size, context_tokens=context_tokens, max_sequences=max_sequences
+            draft,
+            device=device,
+            free_bytes=left,
+            block_size=block_size,
+            context_tokens=context_tokens,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
         )
         left -= drafted.num_bytes
     if kv_budget is None:

@@ -120,6 +120,12 @@ class KVCache:
         if missing > 0:
             sequence.block_table += self._take(missing)
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks behind all of the sequence's tokens, which were for proposals that are none of them."""
+        for block in sequence.block_table[self.blocks_for(len(sequence.tokens)) :]:
+            self._let_go(block)
+        del sequence.block_table[self.blocks_for(len(sequence.tokens)) :]
+
     def publish(self, sequence: Sequence) -> None:
         """Publish the sequence's full computed blocks, so that others may share them."""
         chain = self._chains[sequence.id]

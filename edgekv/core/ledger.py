@@ -29,6 +29,8 @@ class Ledger:
     wanted_bytes: int | None = None
     _leases: list[Lease] = field(default_factory=list)
     _earmarks: dict[str, tuple[str, int]] = field(default_factory=dict)
+    version: int = 0
+    """Another one whenever anything has changed."""
 
     @property
     def leased_bytes(self) -> int:
@@ -56,6 +58,7 @@ class Ledger:
 
     def set_budget(self, num_bytes: int) -> int:
         """Change the budget, never to less than is leased; returns what is owed."""
+        self.version += 1
         leased = self.leased_bytes
         self.budget_bytes = max(num_bytes, leased)
         self.wanted_bytes = num_bytes if num_bytes < leased else None
@@ -69,11 +72,13 @@ class Ledger:
             raise OverBudget(name, num_bytes, self.free_bytes, self.budget_bytes)
         lease = Lease(name, num_bytes)
         self._leases.append(lease)
+        self.version += 1
         return lease
 
     def release(self, lease: Lease) -> None:
         """Give a lease back. Raises ValueError if it is not on this ledger."""
         self._leases.remove(lease)
+        self.version += 1
         if self.wanted_bytes is not None:
             self.set_budget(self.wanted_bytes)
 
@@ -87,6 +92,7 @@ class Ledger:
         if not 0 <= num_bytes <= leased - others:
             raise ValueError(f"{name}: {num_bytes} bytes of {within}, which has {leased - others} to be earmarked")
         self._earmarks.pop(name, None)
+        self.version += 1
         if num_bytes:
             self._earmarks[name] = (within, num_bytes)
 

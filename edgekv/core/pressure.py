@@ -30,10 +30,11 @@ CALM_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PoolFacts:
-    """The KV pool as the engine last reported it. All are bytes but `num_resizes`.
+    """What can be given back, as the engine last reported it. All are bytes but `num_resizes`.
 
-    `leased` is the sum of all leases, the pool's among them. `ceiling` is the most that the pool may have, `floor` the
-    least that it can be shrunk to (pinned prefixes stay). `given_back` and `taken` are totals since the engine started;
+    `kv` is the KV pool, and what a draft model has. `leased` is the sum of all leases, these among them. `segment` is
+    the least that it grows by next. `ceiling` is the most that it may have, `floor` the least that it can be shrunk to
+    (pinned prefixes stay). `given_back` and `taken` are totals since the engine started;
     `num_resizes` counts the resizes it has carried out.
     """
 

@@ -38,6 +38,8 @@ class Counters:
     computed_prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
 
 

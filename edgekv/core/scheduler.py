@@ -5,38 +5,33 @@ Runs in: engine thread; owns: what a step in the making changes (see `Roster` fo
 There is no prefill phase and no decode phase: every step takes one token of each decoding sequence first, then chunks
 of prompts up to the step's token budget, then admits waiting sequences into what is left. Why everybody's turn comes
 and everybody ends, see `edgekv.core.roster`.
+
+What is proposed for decoding sequences (see `Chunk`) comes last, into blocks that nobody else needs in this step, and
+has at most half of the tokens while a prompt is to be computed. It is there for one step: blocks that only hold
+proposals which were none of the sequence's words are free again when the step is complete.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
+from itertools import islice
+from types import MappingProxyType
+from typing import TypeAlias
 
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.limits import Limits
+from edgekv.core.outcome import Outcome, ends_by_length, take_tokens
 from edgekv.core.prefix_cache import Match
 from edgekv.core.roster import SPARED_AFTER, Counters, Roster, Vacated, cheapness
 from edgekv.core.sequence import FinishReason, Sequence, Stage
-from edgekv.core.step import UNKNOWN, BlockCopy, Chunk, Finished, Sampled, Started, StepPlan, TokenOut
+from edgekv.core.step import UNKNOWN, BlockCopy, Chunk, Finished, Sampled, Started, StepPlan
 from edgekv.core.waiting import rank
 
-__all__ = ["SPARED_AFTER", "Counters", "Limits", "Outcome", "Scheduler", "Vacated"]
+__all__ = ["SPARED_AFTER", "Counters", "Limits", "Outcome", "Proposals", "Scheduler", "Vacated"]
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a completed step changed, for the report."""
-
-    tokens: tuple[TokenOut, ...] = ()
-    finished: tuple[Finished, ...] = ()
-
-    def then(self, later: "Outcome") -> "Outcome":
-        """One outcome of this and what came after it."""
-        return Outcome(self.tokens + later.tokens, self.finished + later.finished)
-
-    def without(self, sequence_id: int) -> "Outcome":
-        """What it was for all the others."""
-        tokens = tuple(out for out in self.tokens if out.sequence_id != sequence_id)
-        return Outcome(tokens, tuple(last for last in self.finished if last.sequence_id != sequence_id))
+Proposals: TypeAlias = Mapping[int, tuple[int, ...]]  # the tokens that may come next, by the id of a sequence
+NO_PROPOSALS: Proposals = MappingProxyType({})
 
 
 class Room(Enum):
@@ -59,8 +54,22 @@ class Scheduler(Roster):
         self.misses: dict[str, int] = {}
         self._started: list[Started] = []
 
-    def plan(self) -> StepPlan:
-        """Choose the next step. Empty when nothing can run (then whoever waits cannot fit: see `hopeless`)."""
+    def decoding(self) -> dict[Sequence, int]:
+        """The sequences of which one token is to be computed, and for how many more the step after may verify words.
+
+        The last verified row chooses a word, too, so that is one less than the sequence may still have.
+        """
+        return {
+            sequence: sequence.spec.sampling.max_tokens - sequence.num_output - 1
+            for sequence in self._running.values()
+            if sequence.num_uncomputed == 1
+        }
+
+    def plan(self, proposals: Proposals = NO_PROPOSALS) -> StepPlan:
+        """Choose the next step. Empty when nothing can run (then whoever waits cannot fit: see `hopeless`).
+
+        Of `proposals` as many are verified as there is room for; those for sequences that do not decode are ignored.
+        """
         chunks: dict[int, Chunk] = {}
         preempted: list[int] = []
         copies: list[BlockCopy] = []
@@ -68,7 +77,10 @@ class Scheduler(Roster):
         for sequence in ordered:
             if sequence.num_uncomputed == 1 and self._make_room(sequence, chunks, preempted):
                 chunks[sequence.id] = self._chunk(sequence, 1)
+        decodes = list(chunks)
         budget = self.limits.step_tokens(len(chunks)) - len(chunks)
+        kept = min(sum(len(proposals.get(number, ())) for number in decodes), max(0, budget // 2))
+        budget -= kept
         for sequence in ordered:
             if budget > 0 and sequence.stage is Stage.RUNNING and sequence.id not in chunks:
                 chunk = self._chunk(sequence, budget)
@@ -76,6 +88,10 @@ class Scheduler(Roster):
                 budget -= len(chunk.token_ids)
         if not preempted:
             copies = self._admit(chunks, budget)
+        room = self.limits.step_tokens(len(decodes)) - sum(len(chunk.token_ids) for chunk in chunks.values())
+        if self.limits.max_proposed is not None:
+            room = min(room, self.limits.max_proposed)
+        self._propose(decodes, proposals, room, chunks)
         self.counters.preemptions += len(preempted)
         return StepPlan(tuple(copies), tuple(chunks.values()), tuple(preempted))
 
@@ -84,10 +100,13 @@ class Scheduler(Roster):
 
         The blocks for them are taken now; thrown away, the plan leaves them to its sequences. None, with nothing taken,
         where the step after `plan` may have to be another one, or cannot be known: a prompt is not done, a sequence
-        waits that could be admitted, or there are too few blocks, so that somebody would have to be preempted.
+        waits that could be admitted, proposals are verified, or there are too few blocks, so that somebody would have
+        to be preempted.
         """
+        if any(chunk.proposed for chunk in plan.chunks):
+            return None
         chunks = [chunk for chunk in plan.chunks if chunk.samples and self.runs(chunk.sequence)]
-        going_on = [chunk for chunk in chunks if not _ends_by_length(chunk.sequence, chunk.end + 1)]
+        going_on = [chunk for chunk in chunks if not ends_by_length(chunk.sequence, chunk.end + 1)]
         nobody_leaves = len(going_on) == len(self._running)
         if not going_on or len(chunks) < len(self._running):
             return None
@@ -100,7 +119,7 @@ class Scheduler(Roster):
         for chunk in going_on:
             sequence = chunk.sequence
             self.cache.grow(sequence, chunk.end + 1)
-            ahead.append(Chunk(sequence, chunk.end, (UNKNOWN,), tuple(sequence.block_table), samples=True))
+            ahead.append(Chunk(sequence, chunk.end, (UNKNOWN,), tuple(sequence.block_table), sampled=1))
         return StepPlan((), tuple(ahead))
 
     def still_running(self, plan: StepPlan) -> StepPlan:
@@ -108,33 +127,36 @@ class Scheduler(Roster):
         return replace(plan, chunks=tuple(chunk for chunk in plan.chunks if self.runs(chunk.sequence)))
 
     def complete(self, plan: StepPlan, sampled: Listing[Sampled]) -> Outcome:
-        """Take a step's results: `sampled` has one entry for each chunk that samples, in the plan's order.
+        """Take a step's results: `sampled` has one entry for each sampled row, in the plan's order.
 
         All its sequences run still (see `still_running`).
         """
         self.cache.unpin()
-        tokens: list[TokenOut] = []
-        finished: list[Finished] = []
+        outcomes: list[Outcome] = []
         results = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             assert sequence.num_computed == chunk.start, f"sequence {sequence.id}: a step is missing before this one"
             prompt_left = max(0, sequence.num_prompt - chunk.start)
             self.counters.computed_prompt_tokens += min(prompt_left, len(chunk.token_ids))
-            sequence.num_computed = chunk.end
+            news = self._take_tokens(chunk, list(islice(results, chunk.sampled)))
+            # Of proposals that the sequence did not say, keys and values lie behind these, and are overwritten.
+            sequence.num_computed = min(chunk.end, len(sequence.tokens) - 1) if chunk.samples else chunk.end
             self.cache.publish(sequence)
+            self.cache.trim(sequence)
             self._prefilling_keys.forget(chunk)
-            if not chunk.samples:
-                continue
-            choice = next(results)
-            sequence.tokens.append(choice.token_id)
-            self.counters.generated_tokens += 1
-            reason = _finish_reason(sequence)
-            tokens.append(TokenOut(sequence.id, choice, is_stop=reason is FinishReason.STOP))
-            if reason is not None:
+            if news.finished:
                 self._stop_running(sequence, Stage.FINISHED)
-                finished.append(Finished(sequence.id, reason))
-        return Outcome(tuple(tokens), tuple(finished))
+            outcomes.append(news)
+        return Outcome.of(outcomes)
+
+    def _take_tokens(self, chunk: Chunk, choices: Listing[Sampled]) -> Outcome:
+        outcome = take_tokens(chunk, choices)
+        self.counters.generated_tokens += len(outcome.tokens)
+        for verified in outcome.verified:
+            self.counters.proposed_tokens += verified.proposed
+            self.counters.accepted_tokens += verified.accepted
+        return outcome
 
     def give_up(self, sequence_ids: Listing[int], reason: FinishReason, detail: str) -> tuple[Finished, ...]:
         """End sequences that a fault has hit; the others are not disturbed, and nothing they left is reused."""
@@ -150,17 +172,13 @@ class Scheduler(Roster):
     def retreat(self, plan: StepPlan) -> bool:
         """A step found too little memory and did not happen: plan it again with one sequence less.
 
+        What it was to verify is not proposed again by itself.
+
         The sequence that is cheapest to lose is preempted, and nobody is admitted in its place until another sequence
         has ended, or the same step would fail again for ever. False, and nothing preempted, where only one runs.
         """
-        self.cache.unpin()
         most_running = len(self._running) - 1
-        copied = {copy.target for copy in plan.copies}
-        for sequence in self.running:
-            if copied.intersection(sequence.block_table):
-                # Whether the copy was made is not known, so what it brought does not count as computed.
-                sequence.num_computed -= sequence.num_computed % self.cache.block_size
-                self._preempt(sequence)
+        self.undo(plan)
         if most_running == 0:
             return False
         while len(self._running) > most_running:
@@ -168,6 +186,18 @@ class Scheduler(Roster):
             self.counters.preemptions += 1
         self._most_running = most_running
         return True
+
+    def undo(self, plan: StepPlan) -> None:
+        """A step did not happen: let go of what it alone needed. Those that came in by a copy wait again."""
+        self.cache.unpin()
+        for sequence in self._running.values():
+            self.cache.trim(sequence)
+        copied = {copy.target for copy in plan.copies}
+        for sequence in self.running:
+            if copied.intersection(sequence.block_table):
+                # Whether the copy was made is not known, so what it brought does not count as computed.
+                sequence.num_computed -= sequence.num_computed % self.cache.block_size
+                self._preempt(sequence)
 
     def take_started(self) -> tuple[Started, ...]:
         """The sequences scheduled for the first time since the last call."""
@@ -225,6 +255,24 @@ class Scheduler(Roster):
         self.cache.grow(sequence)
         return True
 
+    def _propose(self, decodes: Listing[int], proposals: Proposals, room: int, chunks: dict[int, Chunk]) -> None:
+        """Let the chunks of decodes verify what is proposed, `room` tokens in all, in blocks that nobody else needs.
+
+        As when somebody is admitted, each running sequence has one block in reserve.
+        """
+        asking = [number for number in decodes if proposals.get(number)]
+        for place, number in enumerate(asking):
+            sequence = chunks[number].sequence
+            spare_blocks = max(0, self.cache.obtainable_blocks - len(self._running))
+            slots = (len(sequence.block_table) + spare_blocks) * self.cache.block_size - len(sequence.tokens)
+            left = sequence.spec.sampling.max_tokens - sequence.num_output
+            most = max(0, min(room // (len(asking) - place), slots, left - 1))
+            words = proposals[number][:most]
+            if words:
+                self.cache.grow(sequence, len(sequence.tokens) + len(words))
+                chunks[number] = chunks[number].with_proposals(words, tuple(sequence.block_table))
+                room -= len(words)
+
     def _chunk(self, sequence: Sequence, most_tokens: int) -> Chunk:
         start = sequence.num_computed
         end = min(len(sequence.tokens), start + most_tokens)
@@ -233,7 +281,7 @@ class Scheduler(Roster):
             start=start,
             token_ids=tuple(sequence.tokens[start:end]),
             block_table=tuple(sequence.block_table),
-            samples=end == len(sequence.tokens),
+            sampled=int(end == len(sequence.tokens)),
         )
 
     def _note_start(self, sequence: Sequence, miss: str | None) -> None:
@@ -245,14 +293,3 @@ class Scheduler(Roster):
         if miss is not None:
             kind = miss.split(":")[0]
             self.misses[kind] = self.misses.get(kind, 0) + 1
-
-
-def _ends_by_length(sequence: Sequence, num_tokens: int) -> bool:
-    return num_tokens - sequence.num_prompt >= sequence.spec.sampling.max_tokens
-
-
-def _finish_reason(sequence: Sequence) -> FinishReason | None:
-    sampling = sequence.spec.sampling
-    if sequence.tokens[-1] in sampling.stop_token_ids and sequence.num_output > sampling.min_tokens:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if _ends_by_length(sequence, len(sequence.tokens)) else None

@@ -1,6 +1,7 @@
 """What one engine step is told to do, and what it says it did. Runs in: anywhere; owns: nothing (frozen data)."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from edgekv.core.pressure import PoolFacts
 from edgekv.core.sequence import FinishReason, Sequence
@@ -23,8 +24,11 @@ class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
 
     Positions `start .. start + len(token_ids) - 1`. `block_table` covers them all: token position p lives in block
-    `block_table[p // block_size]`, slot `p % block_size`. `samples` says whether the chunk ends at the sequence's
-    last known token, so that its last row's logits choose the next one.
+    `block_table[p // block_size]`, slot `p % block_size`. `sampled` says of how many of its last rows the logits choose
+    a token: none while known tokens come after it, else that of the last known token and of each proposal after it.
+
+        token_ids   t7 t8 t9 | p10 p11 p12     t9 is the last known token, three more are proposed: sampled is 4
+        chosen            c10  c11 c12 c13     c10 is the next token; if it is p10, so is c11, and so on
 
     `token_ids` of a step that was planned ahead are (UNKNOWN,): the device takes the token from what the step before
     sampled for the same sequence.
@@ -34,7 +38,27 @@ class Chunk:
     start: int
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
-    samples: bool
+    sampled: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it reaches the sequence's last known token, so that the next is chosen."""
+        return self.sampled > 0
+
+    @property
+    def proposed(self) -> tuple[int, ...]:
+        """The tokens after the last known one that somebody proposes; the step verifies them."""
+        return self.token_ids[len(self.token_ids) - self.sampled + 1 :] if self.sampled else ()
+
+    def with_proposals(self, proposals: tuple[int, ...], block_table: tuple[int, ...]) -> "Chunk":
+        """A chunk that samples and proposes nothing, with proposals to verify; the table covers them too."""
+        token_ids = self.token_ids + proposals
+        return Chunk(self.sequence, self.start, token_ids, block_table, sampled=self.sampled + len(proposals))
+
+    def with_sampled(self, sampled: int) -> "Chunk":
+        """The chunk without the proposals that only its sampled rows after the first `sampled` verify."""
+        end = len(self.token_ids) - self.sampled + sampled
+        return Chunk(self.sequence, self.start, self.token_ids[:end], self.block_table, sampled)
 
     @property
     def end(self) -> int:
@@ -52,8 +76,13 @@ class StepPlan:
 
     @property
     def sampling(self) -> tuple[Chunk, ...]:
-        """The chunks that sample, in order: row i of the logits is that of chunk i of these."""
+        """The chunks that sample, in order: the logits are of the `sampled` rows of each, one after another."""
         return tuple(chunk for chunk in self.chunks if chunk.samples)
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows of the logits."""
+        return sum(chunk.sampled for chunk in self.chunks)
 
     @property
     def num_tokens(self) -> int:
@@ -86,6 +115,18 @@ class TokenOut:
     sequence_id: int
     sampled: Sampled
     is_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What became of the proposals for a sequence in one step: the first `accepted` of `proposed` were its own words.
+
+    Where the sequence ended within them, those after its end do not count as proposed.
+    """
+
+    sequence_id: int
+    proposed: int
+    accepted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +180,52 @@ class MemoryStats:
     shortfall: str | None = None
 
 
+class SpeculationState(StrEnum):
+    """Whether tokens are proposed: they are; it does not pay at present; its memory is with others until they leave.
+
+    OFF: they will not be any more.
+    """
+
+    ON = "on"
+    PAUSED = "paused"
+    YIELDED = "yielded"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """How speculation goes. Counters only grow; what is "recent" fades from step to step.
+
+    `method`: "model" or "ngram". `detail`: why it is in its state, in a few words for people. `tokens`: proposed for a
+    sequence in recent steps, on average. `acceptance`: the share of recent proposals that were accepted; `speedup`:
+    tokens a second against none proposed, as measured in recent steps. Both None before anything was. `verifications`:
+    how often proposals for a sequence were verified; `pauses`, `yields` and `returns`: how often it stopped because it
+    did not pay, gave its memory back, and had it again. `read_tokens`: computed by the draft model of what it had not
+    seen. `pool`: of the draft model's blocks, None for n-grams.
+    """
+
+    method: str
+    state: SpeculationState
+    detail: str = ""
+    tokens: float = 0.0
+    acceptance: float | None = None
+    speedup: float | None = None
+    verifications: int = 0
+    pauses: int = 0
+    yields: int = 0
+    returns: int = 0
+    read_tokens: int = 0
+    pool: PoolStats | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot after a step; counters only grow.
 
     `most_blocks`: what the pool has had and may have again, `pinned_blocks` what of it is always taken. `forward_s`:
     seconds in the model's forward pass; of a card, those in which it was given its work. `ahead_steps`: steps that a
-    card was given while it was still busy with the one before.
+    card was given while it was still busy with the one before. `proposed_tokens` were verified, and of these
+    `accepted_tokens` are in outputs; `speculation` is None where nothing is ever proposed.
     """
 
     pool: PoolStats
@@ -157,6 +237,8 @@ class EngineStats:
     computed_prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
     misses: dict[str, int] = field(default_factory=dict)
@@ -164,6 +246,7 @@ class EngineStats:
     most_blocks: int = 0
     pinned_blocks: int = 0
     ahead_steps: int = 0
+    speculation: SpeculationStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

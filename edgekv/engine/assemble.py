@@ -17,24 +17,29 @@ from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVDtypeName
 from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
-from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
-from edgekv.core.sequence import Sequence, SequenceSpec
-from edgekv.core.step import Chunk, StepPlan
+from edgekv.core.speculation import Controller
+from edgekv.engine.at_once import AtOnce
 from edgekv.engine.card_load import load_card_runner
 from edgekv.engine.card_runner import CardRunner
 from edgekv.engine.core import EngineCore
+from edgekv.engine.draft_load import drafted_by, load_drafted
 from edgekv.engine.kv_pool import BlockMemory, KVPool
 from edgekv.engine.memory_errors import give_back_cached
 from edgekv.engine.native import choose_kernels, load_native, native_kv_pool
 from edgekv.engine.native_runner import NativeRunner
+from edgekv.engine.ngram import NGramProposer
 from edgekv.engine.pinned import PinnedPrefixes
 from edgekv.engine.pinned_text import encode_pinned
+from edgekv.engine.proposer import Proposer
+from edgekv.engine.protocols import ElasticPool
 from edgekv.engine.runner import Runner
 from edgekv.engine.runtime import measure_runtime
-from edgekv.engine.sampler import Sampler, SampleRow
+from edgekv.engine.sampler import Sampler
 from edgekv.engine.segments import Segments
 from edgekv.engine.settings import KV_LEASE, EngineSettings, lease, plan_engine
+from edgekv.engine.shared_memory import SharedMemory
+from edgekv.engine.warm_up import warm_up
 from edgekv.kernels.cpu.threads import default_threads
 from edgekv.model.hf_config import read_generation_config, read_spec
 from edgekv.model.loader import load_model
@@ -95,6 +100,7 @@ def assemble(
     template = load_chat_template(settings.folder)
     prompts = [encode_pinned(written, tokenizer, template) for written in settings.pinned_prompts]
     settings, kernels = choose_kernels(settings, spec, progress)
+    drafted = drafted_by(settings, spec, tokenizer)
     choice, memory = plan_engine(settings, spec)
     place = settings.place
     if sources is None:
@@ -141,17 +147,37 @@ def assemble(
         weights=settings.weights,
         # A card's block tables have rows of that length.
         context_tokens=memory.context_tokens if isinstance(runner, CardRunner) else None,
+        max_proposed=settings.max_proposed,
     )
+    scheduler = Scheduler(cache, limits)
     sampler = Sampler(spec.vocab_size, device)
     progress(0, 0, "first step")
-    _warm_up(runner, sampler, blocks)
+    warm_up(runner if isinstance(runner, CardRunner) else AtOnce(runner, sampler), blocks)
     pipeline = None
     if isinstance(runner, CardRunner):
         runner.warm_up()
         runner.capture(memory.graphs_bytes, lambda done, total: progress(done, total, "capturing decode graphs"))
         pipeline = runner
+    proposer: Proposer | None = None
+    elastic: ElasticPool = segments
+    if drafted is not None:
+        assert memory.draft is not None
+        proposer, draft_memory = load_drafted(drafted, memory.draft, ledger, kernels, progress)
+        elastic = SharedMemory(segments, draft_memory, memory.kv.pool_bytes, lambda: scheduler.num_running > 0)
+    elif settings.draft is not None:
+        proposer = NGramProposer()
+    if pipeline is not None:
         _lease_rest(ledger, place, sources)
-    core = EngineCore(Scheduler(cache, limits), runner, sampler, spec.vocab_size, segments, pipeline=pipeline)
+    core = EngineCore(
+        scheduler,
+        runner,
+        sampler,
+        spec.vocab_size,
+        elastic,
+        pipeline=pipeline,
+        proposer=proposer,
+        controller=controller_of(settings),
+    )
     if prompts:
         pins = PinnedPrefixes(cache, ledger, block_bytes=memory.kv.block_bytes)
         pins.load(
@@ -179,6 +205,14 @@ def assemble(
     )
 
 
+def controller_of(settings: EngineSettings) -> Controller | None:
+    """Who decides how much is proposed, knowing nothing yet; None where nobody proposes."""
+    draft = settings.draft
+    if draft is None:
+        return None
+    return Controller(draft.tokens, most_in_all=settings.max_proposed, min_acceptance=draft.min_acceptance)
+
+
 def _with_end_of_text(generation: GenerationDefaults, eos_id: int | None) -> GenerationDefaults:
     """The tokenizer's end of text joins those of the configuration, as in vLLM: some folders name it nowhere else."""
     if eos_id is None or eos_id in generation.eos_token_ids:
@@ -195,20 +229,3 @@ def _lease_rest(ledger: Ledger, place: Place, sources: Listing[Source]) -> None:
     if rest > 0:
         ledger.set_budget(ledger.budget_bytes + rest)
         ledger.reserve("libraries", rest)
-
-
-def _warm_up(runner: ModelRunner, sampler: Sampler, blocks: BlockPool) -> None:
-    """Run a short prompt and one decode, so that what torch sets up on first use is no client's to wait for."""
-    [block] = blocks.allocate(1)
-    # Of a length that fits any step and, with the decoded token, any block.
-    prompt = (0,) * min(blocks.block_size - 1, 15)
-    spec = SequenceSpec(id=0, prompt=prompt, sampling=SamplingParams(max_tokens=1))
-    sequence = Sequence.from_spec(spec, arrival=0)
-    for start, token_ids in ((0, spec.prompt), (len(spec.prompt), (0,))):
-        plan = StepPlan(copies=(), chunks=(Chunk(sequence, start, token_ids, (block,), samples=True),))
-        rows = [SampleRow(spec.sampling, sequence.tokens, sequence.num_prompt)]
-        if isinstance(runner, CardRunner):
-            runner.begin(plan, rows, None).result()
-        else:
-            sampler.sample(runner.forward(plan), rows)
-    blocks.release(block, keep=False)

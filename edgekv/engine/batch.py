@@ -34,19 +34,19 @@ class StepBatch:
 
     token_ids: Ints  # [tokens]
     positions: Ints  # [tokens]
-    sample_rows: Ints  # [chunks that sample]: their last rows, in the order of the chunks
+    sample_rows: Ints  # [rows sampled]: the last rows of chunks that sample, in the order of the chunks
     ragged: RaggedBatch
 
 
 def build_batch(chunks: tuple[Chunk, ...], pool: BlockSpace, vocab_size: int) -> StepBatch:
     """The batch of at least one chunk.
 
-    Raises ValueError naming the sequence for an empty chunk, a token id outside of the vocabulary, a block table that
-    does not cover its chunk, or a block that the pool does not have.
+    Raises ValueError naming the sequence for an empty chunk, more sampled rows than tokens, a token id outside of the
+    vocabulary, a block table that does not cover its chunk, or a block that the pool does not have.
     """
     # Lists, of which numpy makes arrays at the end: after a step that has read all weights nothing of Python or numpy
     # is in the caches, and what counts is the number of different things that are called.
-    starts, lengths, token_ids, blocks, table_starts, sample_rows = [], [], list[int](), list[int](), [0], []
+    starts, lengths, token_ids, blocks, table_starts, sample_rows = [], [], list[int](), list[int](), [0], list[int]()
     for chunk in chunks:
         start, length, table = chunk.start, len(chunk.token_ids), chunk.block_table
         if length < 1 or start < 0:
@@ -60,8 +60,9 @@ def build_batch(chunks: tuple[Chunk, ...], pool: BlockSpace, vocab_size: int) ->
         token_ids += chunk.token_ids
         blocks += table[:needed]
         table_starts.append(len(blocks))
-        if chunk.samples:
-            sample_rows.append(len(token_ids) - 1)
+        if chunk.sampled > length:
+            raise _fault(chunk, f"{chunk.sampled} rows of its {length} tokens are to be sampled")
+        sample_rows += range(len(token_ids) - chunk.sampled, len(token_ids))
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         _refuse_token(chunks, vocab_size)
     ragged = RaggedBatch(_ints(starts), _ints(lengths), _ints(blocks), _ints(table_starts))

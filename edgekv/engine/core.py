@@ -5,19 +5,22 @@ Runs in: engine thread (or inline in tests); owns: the scheduler and, through th
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
 from edgekv.core.scheduler import Outcome, Scheduler
 from edgekv.core.sequence import FinishReason, SequenceSpec
+from edgekv.core.speculation import Controller
 from edgekv.core.step import EngineStats, Finished, MemoryStats, Resize, StepPlan, StepReport
 from edgekv.engine.in_flight import NOT_FINITE, StepCounts, StepsInFlight
 from edgekv.engine.memory_errors import is_out_of_memory
+from edgekv.engine.proposer import Proposer
 from edgekv.engine.protocols import Chooser, ElasticPool, Forward, Pins, Pipeline
-from edgekv.engine.sample_row import SampleRow
+from edgekv.engine.sample_row import sample_rows
 from edgekv.engine.sampler import NonFiniteLogits, check_params
 from edgekv.engine.shortage import GUARD_S, POOL_SHARE_GIVEN_BACK, Shortage
+from edgekv.engine.speculate import Speculation
+from edgekv.engine.usable_rows import usable_rows
 
 __all__ = ["GUARD_S", "POOL_SHARE_GIVEN_BACK", "Chooser", "ElasticPool", "EngineCore", "Forward", "Pins"]
 
@@ -34,6 +37,8 @@ class EngineCore:
         clock: seconds, for pins that end and for reasons that say how long ago something was.
         pipeline: what runs and samples steps on a device that works by itself; then `runner` and `sampler` are not
             used, and while the core is busy a step may be in flight.
+        proposer: guesses next tokens, which steps verify.
+        controller: how many of these are worth their time; None: as many as there is room for.
     """
 
     def __init__(
@@ -45,6 +50,8 @@ class EngineCore:
         pool: ElasticPool | None = None,
         clock: Callable[[], float] = time.monotonic,
         pipeline: Pipeline | None = None,
+        proposer: Proposer | None = None,
+        controller: Controller | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -52,17 +59,23 @@ class EngineCore:
         self.vocab_size = vocab_size
         self.pool = pool
         self.clock = clock
+        self.proposer = proposer
         self._pins: Pins | None = None
         self._counts = StepCounts()
-        self._shortage = Shortage(scheduler, pool)
+        self._speculation: Speculation | None = None
+        if proposer is not None:
+            self._speculation = Speculation(scheduler, proposer, controller, lambda: self.clock())
+        self._shortage = Shortage(scheduler, pool, self._speculation)
         self._in_flight: StepsInFlight | None = None
         if pipeline is not None:
-            self._in_flight = StepsInFlight(scheduler, pipeline, self._shortage, self._counts)
+            self._in_flight = StepsInFlight(scheduler, pipeline, self._shortage, self._counts, self._speculation)
         self._settled = Outcome()
         self._refused: list[Finished] = []
         self._has_news = False
         self._held = self._resized = False
         self._num_resizes = 0
+        self._memory_stats: MemoryStats | None = None
+        self._memory_as_of: tuple[int, int, int, bool] | None = None
 
     @property
     def busy(self) -> bool:
@@ -96,6 +109,7 @@ class EngineCore:
         """
         self._settled = self._settled.without(sequence_id)
         self._has_news |= self.scheduler.abort(sequence_id)
+        self._forget([sequence_id])
 
     def settle(self) -> None:
         """Wait for the step in flight, if there is one: nothing uses the device then, until the next step.
@@ -144,6 +158,8 @@ class EngineCore:
             computed_prompt_tokens=counters.computed_prompt_tokens,
             cached_prompt_tokens=counters.cached_prompt_tokens,
             generated_tokens=counters.generated_tokens,
+            proposed_tokens=counters.proposed_tokens,
+            accepted_tokens=counters.accepted_tokens,
             preemptions=counters.preemptions,
             evictions=cache.prefix.evictions if cache.prefix is not None else 0,
             misses=dict(self.scheduler.misses),
@@ -151,6 +167,7 @@ class EngineCore:
             most_blocks=cache.pool.most_blocks,
             pinned_blocks=cache.pinned_blocks,
             ahead_steps=self._counts.ahead_steps,
+            speculation=None if self._speculation is None else self._speculation.stats(),
         )
 
     def step(self) -> StepReport:
@@ -160,6 +177,7 @@ class EngineCore:
         pool smaller by POOL_SHARE_GIVEN_BACK; under a memory guard not before that has had its chance. A sequence for
         which neither is possible ends.
         """
+        begun_s = self.clock()
         refused, self._refused, self._has_news = tuple(self._refused), [], False
         outcome, self._settled = self._settled, Outcome()
         self._tell_time()
@@ -167,12 +185,16 @@ class EngineCore:
         resized, self._resized = self._resized, False
         if not (self._held or resized):
             outcome = outcome.then(self._advance() if self._in_flight is None else self._in_flight.advance(self.clock))
-        return StepReport(
+        self._forget([last.sequence_id for last in outcome.finished])
+        report = StepReport(
             stats=self.stats(),
             started=self.scheduler.take_started(),
             tokens=outcome.tokens,
             finished=refused + outcome.finished,
         )
+        if self._speculation is not None:
+            self._speculation.took(self.clock() - begun_s)
+        return report
 
     def _tell_time(self) -> None:
         now_s = self.clock()
@@ -181,7 +203,7 @@ class EngineCore:
             self._pins.observe(now_s, lambda: self.scheduler.spare_blocks)
 
     def _advance(self) -> Outcome:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._speculation.proposals() if self._speculation is not None else {})
         if not plan.chunks:
             return self._shortage.give_up(self.scheduler.hopeless())
         self._counts.steps += 1
@@ -190,6 +212,8 @@ class EngineCore:
             logits = self.runner.forward(plan)
             self._counts.forward_s += self.clock() - begun_s
             outcome = self._choose(plan, logits)
+            if self._speculation is not None:
+                self._speculation.observe(plan, outcome, None)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -199,21 +223,26 @@ class EngineCore:
         return self._shortage.relieve(plan, self.clock)
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> Outcome:
-        sampling = plan.sampling
-        rows = [SampleRow(c.sequence.spec.sampling, c.sequence.tokens, c.sequence.num_prompt) for c in sampling]
+        rows = sample_rows(plan)
         try:
             return self.scheduler.complete(plan, self.sampler.sample(logits, rows) if rows else [])
         except NonFiniteLogits as error:
-            bad = set(error.rows)
-        lost = [sampling[row].sequence.id for row in sorted(bad)]
-        kept = [row for row in range(len(rows)) if row not in bad]
-        finished = self.scheduler.give_up(lost, FinishReason.ERROR, NOT_FINITE)
-        survivors = replace(plan, chunks=tuple(c for c in plan.chunks if c.sequence.id not in lost))
+            usable = usable_rows(plan, error.rows)
+        kept = list(usable.rows)
+        finished = self.scheduler.give_up(usable.lost, FinishReason.ERROR, NOT_FINITE)
         chosen = self.sampler.sample(logits[kept], [rows[row] for row in kept]) if kept else []
-        outcome = self.scheduler.complete(survivors, chosen)
-        return Outcome(outcome.tokens, finished + outcome.finished)
+        return Outcome(finished=finished).then(self.scheduler.complete(usable.plan, chosen))
+
+    def _forget(self, sequence_ids: list[int]) -> None:
+        if self._speculation is not None:
+            self._speculation.forget(sequence_ids)
 
     def _memory(self) -> MemoryStats | None:
         if self.pool is None:
             return None
-        return self.pool.memory(self.scheduler, num_resizes=self._num_resizes, held=self._held)
+        # It changes seldom, and is asked for at every step.
+        as_of = self.pool.version, self.scheduler.cache.pinned_blocks, self._num_resizes, self._held
+        if self._memory_stats is None or self._memory_as_of != as_of:
+            self._memory_stats = self.pool.memory(self.scheduler, num_resizes=self._num_resizes, held=self._held)
+            self._memory_as_of = as_of
+        return self._memory_stats

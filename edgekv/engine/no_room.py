@@ -4,7 +4,7 @@ Runs in: anywhere; owns: nothing.
 """
 
 from edgekv.config.units import format_size, setting_size
-from edgekv.core.capacity import MemoryPlan
+from edgekv.core.capacity import DraftPlan, MemoryPlan
 from edgekv.errors import EdgeKVError, OverBudget
 
 
@@ -16,7 +16,7 @@ class NoRoomForKV(EdgeKVError):
         block = f"one block of {kv.block_size} tokens takes {format_size(kv.block_bytes)}"
         if memory.missing_bytes:
             missing = format_size(memory.missing_bytes)
-            remedies = _remedies(memory, memory.missing_bytes)
+            remedies = _without_draft(memory, memory.missing_bytes) + _remedies(memory, memory.missing_bytes)
             super().__init__(
                 f"The model leaves no room for its KV cache: {missing} more would be needed, and {block}. "
                 f"{_account(memory)}. {_sentence([*remedies, 'see what would make it fit with: edgekv plan MODEL'])}"
@@ -32,7 +32,7 @@ class KVBudgetTooLarge(OverBudget):
     def __init__(self, memory: MemoryPlan, over: OverBudget) -> None:
         asked, left = over.asked_bytes, over.free_bytes
         remedies = [f"set kv.budget to {setting_size(left)} or less, or leave it out"]
-        remedies += _remedies(memory, asked - left)
+        remedies += _without_draft(memory, asked - left) + _remedies(memory, asked - left)
         super().__init__(
             over.name,
             asked,
@@ -41,6 +41,18 @@ class KVBudgetTooLarge(OverBudget):
             f"kv.budget: a KV pool of {format_size(asked)} does not fit, {format_size(left)} are left for it. "
             f"{_account(memory)}. {_sentence(remedies)}",
         )
+
+
+class NoRoomForDraft(EdgeKVError):
+    """The draft model's pool would hold no block."""
+
+    def __init__(self, draft: DraftPlan) -> None:
+        block = format_size(draft.kv.block_bytes)
+        super().__init__(
+            f"draft.kv.budget: not one block of the draft model's keys and values fits, which takes {block}. "
+            "Give it more, or leave the draft out (--draft off)."
+        )
+        self.draft = draft
 
 
 def _account(memory: MemoryPlan) -> str:
@@ -65,6 +77,14 @@ def _remedies(memory: MemoryPlan, short_bytes: int) -> list[str]:
     if memory.others_bytes >= short_bytes and memory.budget_bytes + short_bytes <= most:
         return [f"close other programs until {format_size(short_bytes)} more are free"]
     return []
+
+
+def _without_draft(memory: MemoryPlan, short_bytes: int) -> list[str]:
+    """Whether it would do to leave the draft out."""
+    draft = memory.draft
+    if draft is None or draft.num_bytes < short_bytes:
+        return []
+    return [f"leave the draft out (--draft off), which takes {format_size(draft.num_bytes)}"]
 
 
 def _sentence(remedies: list[str]) -> str:

@@ -13,8 +13,8 @@ from edgekv.engine.sample_row import SampleRow
 class Forward(Protocol):
     """Runs a planned step through the model."""
 
-    def forward(self, plan: StepPlan) -> Tensor:  # [chunks that sample, vocab] float32
-        """Logits of each sampling chunk's last token, in the plan's order."""
+    def forward(self, plan: StepPlan) -> Tensor:  # [rows sampled, vocab] float32
+        """Logits of each sampling chunk's sampled rows, in the plan's order."""
         ...
 
 
@@ -30,10 +30,10 @@ class Pending(Protocol):
     """A step that the device was given."""
 
     def result(self, without: Collection[int] = ()) -> list[Sampled]:
-        """Wait for the step; a token for each row of `StepPlan.sampling`, in order, that is not in `without`.
+        """Wait for the step; a token for each of its sampled rows, in the plan's order, that is not in `without`.
 
         May be called again. Raises NonFiniteLogits naming those of the rows not in `without` that have no usable
-        distribution, numbered as in `StepPlan.sampling`; MemoryError or torch's like where the step found too little
+        distribution, numbered as the step's sampled rows; MemoryError or torch's like where the step found too little
         memory, and then nothing that it computed is used; the device's own errors.
         """
         ...
@@ -46,9 +46,9 @@ class Pipeline(Protocol):
         """Hand a step with its sampling to the device, and return without waiting for it.
 
         Args:
-            plan: the step. A token that is UNKNOWN is what `after` samples for the same sequence; where that has no
-                usable distribution, any token of the vocabulary will do.
-            rows: of `plan.sampling`, in order. They hold only during the call: the lists of tokens grow. What the
+            plan: the step. A token that is UNKNOWN, which may be the first of a chunk, is what `after` samples for the
+                same sequence; where that has no usable distribution, any token of the vocabulary will do.
+            rows: of each sampled row, in order. They hold only during the call: the lists of tokens grow. What the
                 device keeps of a sequence's tokens for its penalties has to agree with `num_output`, for a step
                 that it did may have been thrown away since.
             after: the step begun before this one and not read yet; None where all steps have been read.
@@ -66,8 +66,17 @@ class ElasticPool(Protocol):
         """Bytes that it has."""
         ...
 
+    @property
+    def version(self) -> int:
+        """Another one whenever bytes came or went, or may; until then `memory` answers the same."""
+        ...
+
     def shrink(self, scheduler: Scheduler, num_bytes: int, *, keep_promises: bool, slow_first: bool = False) -> int:
         """Give back at least `num_bytes`, or what can be; the bytes given back."""
+        ...
+
+    def spare(self) -> int:
+        """Give back something that no sequence needs, if there is any; the bytes given back."""
         ...
 
     def grow(self, num_bytes: int) -> object:

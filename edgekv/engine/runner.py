@@ -65,7 +65,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Tensor:
-        """Apply the plan's copies, then run its chunks; logits [chunks that sample, vocab_size] float32, in order.
+        """Apply the plan's copies, then run its chunks; logits [rows sampled, vocab_size] float32, in order.
 
         Raises ValueError naming the sequence, before anything is copied or computed, if a chunk's tokens or blocks
         are not of this model and pool.

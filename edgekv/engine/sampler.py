@@ -14,6 +14,7 @@ from torch import Tensor
 from edgekv.core.rng import uniform
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.step import Sampled
+from edgekv.engine.draw_row import draw_row
 from edgekv.engine.penalties import edit, edits
 from edgekv.engine.ranking import likeliest
 from edgekv.engine.sample_row import SampleRow
@@ -34,6 +35,10 @@ _SORT_FROM = 1 / 32
 # CPU: 4 MiB, which stays in the cache (twice as fast as 32 MiB at 16 x 128,256); elsewhere 32 MiB, for fewer launches.
 _SCRATCH_ENTRIES_CPU = 1 << 19
 _SCRATCH_ENTRIES_DEVICE = 1 << 22
+
+# Up to so many tokens in the vocabulary, what torch takes for calling a dozen operations is more than the draw itself.
+# Then each row is drawn by numpy: 13 us instead of 44 for one row of 2,048, and no more for sixteen.
+_SMALL_VOCABULARY = 4096
 
 
 class NonFiniteLogits(EdgeKVError):
@@ -135,6 +140,11 @@ class Sampler:
         for index, row in enumerate(rows):
             if not row.params.is_greedy:
                 (ranked if self._ranks(row.params) else plain).append(index)
+        if self.device.type == "cpu" and self.vocab_size <= _SMALL_VOCABULARY:
+            for index in plain:
+                params, number = rows[index].params, uniform(rows[index].params.seed, rows[index].num_output)
+                chosen[index] = draw_row(scores[index].numpy(), float(peaks[index]), params, number)
+            plain = []
         for part in self._parts(plain):
             chosen[torch.tensor(part, device=self.device)] = self._draw_by_id(scores, peaks, rows, part)
         by_size: dict[int, list[int]] = {}

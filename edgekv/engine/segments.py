@@ -3,13 +3,14 @@
 Runs in: engine thread; owns: the segments' leases, and the count of what was given back and taken.
 """
 
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from edgekv.core.block_pool import BlockPool
 from edgekv.core.ledger import Lease, Ledger
 from edgekv.core.pressure import PoolFacts
-from edgekv.core.scheduler import Scheduler
+from edgekv.core.roster import Vacated
 from edgekv.core.step import MemoryStats
 from edgekv.engine.canary import slow_segments, time_reads
 from edgekv.engine.kv_pool import BlockMemory
@@ -26,6 +27,19 @@ class Growth:
     shortfall: str | None = None
 
 
+class BlockHolder(Protocol):
+    """Who holds a pool's blocks, and can leave some of them: see `Scheduler`."""
+
+    @property
+    def floor_blocks(self) -> int:
+        """What `vacate` leaves of the pool at least."""
+        ...
+
+    def vacate(self, num_blocks: int, *, keep_promises: bool, first: Listing[int] = ()) -> Vacated:
+        """Empty segments of `num_blocks` or a little more."""
+        ...
+
+
 class Segments:
     """Every segment of one pool.
 
@@ -36,13 +50,21 @@ class Segments:
         memory: what they stand for.
         ledger: of the device.
         ceiling_blocks: the most that the pool may grow to; None for no more than it once had.
+        lease_name: what its segments are called on the ledger.
     """
 
     def __init__(
-        self, blocks: BlockPool, memory: BlockMemory[Any], ledger: Ledger, *, ceiling_blocks: int | None = None
+        self,
+        blocks: BlockPool,
+        memory: BlockMemory[Any],
+        ledger: Ledger,
+        *,
+        ceiling_blocks: int | None = None,
+        lease_name: str = KV_LEASE,
     ) -> None:
         self._blocks = blocks
         self._memory = memory
+        self._lease_name = lease_name
         self._ledger = ledger
         self._ceiling_blocks = ceiling_blocks
         self._leases: dict[int, Lease] = {}
@@ -56,9 +78,29 @@ class Segments:
         return sum(lease.num_bytes for lease in self._leases.values())
 
     @property
+    def version(self) -> int:
+        """See `ElasticPool`."""
+        return self._ledger.version
+
+    @property
     def ceiling_bytes(self) -> int:
         """The most that the pool may grow to."""
         return max(self._ceiling_blocks or 0, self._blocks.most_blocks) * self._memory.block_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of a whole segment."""
+        return self._memory.segment_blocks * self._memory.block_bytes
+
+    @property
+    def given_back_bytes(self) -> int:
+        """In all so far."""
+        return self._given_back_bytes
+
+    @property
+    def taken_bytes(self) -> int:
+        """In all so far."""
+        return self._taken_bytes
 
     def add(self, num_blocks: int, lease: Lease) -> None:
         """One more segment, on a lease that covers it. Raises MemoryError, or torch's like, keeping nothing."""
@@ -69,7 +111,7 @@ class Segments:
             raise AssertionError("the pool and its memory number their segments differently")
         self._leases[index] = lease
 
-    def shrink(self, scheduler: Scheduler, num_bytes: int, *, keep_promises: bool, slow_first: bool = False) -> int:
+    def shrink(self, scheduler: BlockHolder, num_bytes: int, *, keep_promises: bool, slow_first: bool = False) -> int:
         """Give back segments of at least `num_bytes`; between steps only. Returns the bytes given back.
 
         With `keep_promises` fewer than asked, perhaps none, where an admitted sequence could then no longer finish.
@@ -83,6 +125,10 @@ class Segments:
         given_back = sum(self._remove(index) for index in vacated.segments)
         self._given_back_bytes += given_back
         return given_back
+
+    def spare(self) -> int:
+        """See `ElasticPool`; what is cached is evicted as blocks are needed."""
+        return 0
 
     def grow(self, num_bytes: int) -> Growth:
         """Take segments of at most `num_bytes` in all, up to the ceiling; only the last below it may be smaller."""
@@ -109,13 +155,13 @@ class Segments:
         """The ledger's, as far as what is leased allows."""
         self._ledger.set_budget(num_bytes)
 
-    def memory(self, scheduler: Scheduler, *, num_resizes: int, held: bool) -> MemoryStats:
+    def memory(self, scheduler: BlockHolder, *, num_resizes: int, held: bool) -> MemoryStats:
         """Where the device's memory is."""
         ledger, block_bytes = self._ledger, self._memory.block_bytes
         facts = PoolFacts(
             kv_bytes=self._blocks.total_blocks * block_bytes,
             leased_bytes=ledger.leased_bytes,
-            segment_bytes=self._memory.segment_blocks * block_bytes,
+            segment_bytes=self.segment_bytes,
             ceiling_bytes=self.ceiling_bytes,
             floor_bytes=scheduler.floor_blocks * block_bytes,
             given_back_bytes=self._given_back_bytes,
@@ -137,7 +183,7 @@ class Segments:
         self._ledger.check_integrity()
         sizes = {index: lease.num_bytes // self._memory.block_bytes for index, lease in self._leases.items()}
         assert sizes == self._memory.segments == self._blocks.segments, "leases, memory and blocks differ"
-        leased = sum(lease.num_bytes for lease in self._ledger.leases(KV_LEASE))
+        leased = sum(lease.num_bytes for lease in self._ledger.leases(self._lease_name))
         assert leased == self.num_bytes == self._memory.num_bytes, f"{leased} bytes leased, {self.num_bytes} in use"
 
     def _remove(self, index: int) -> int:
@@ -150,7 +196,7 @@ class Segments:
     def _take(self, num_blocks: int) -> str | None:
         """One more segment; why not, where there is none to be had."""
         try:
-            lease = self._ledger.reserve(KV_LEASE, num_blocks * self._memory.block_bytes)
+            lease = self._ledger.reserve(self._lease_name, num_blocks * self._memory.block_bytes)
         except OverBudget as error:
             return str(error)
         try:

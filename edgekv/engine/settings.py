@@ -1,7 +1,7 @@
 """What an engine is built from, and the plan of its memory. Runs in: anywhere (no torch); owns: nothing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
@@ -10,14 +10,16 @@ from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, Weig
 from edgekv.core.dtype_choice import without_bfloat16
 from edgekv.core.kv_format import KVDtypeName, kv_alignment
 from edgekv.core.ledger import Ledger
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, kv_engine, not_served, why_not_on_card, why_not_served
-from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
+from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForDraft, NoRoomForKV
 from edgekv.errors import EdgeKVError, OverBudget
 from edgekv.kernels.cpu.threads import default_threads
 from edgekv.model import card_memory
 from edgekv.model.card_layout import card_bytes
 from edgekv.model.card_memory import CardLimits, matrix_facts
 from edgekv.model.card_shape import has_bfloat16
+from edgekv.model.hf_config import read_spec
 from edgekv.model.matrix_layout import WeightForm, WeightsName
 from edgekv.model.native_shape import unsupported
 from edgekv.model.spec import ModelSpec
@@ -26,15 +28,15 @@ from edgekv.model.weight_plan import native_bytes, native_inputs, plain_bytes
 from edgekv.model.weight_table import WeightTable, read_weight_table
 from edgekv.smi.device import Place
 
-KV_LEASE = "kv.target"
+KV_LEASE, DRAFT_KV_LEASE = "kv.target", "kv.draft"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """What was asked for; None leaves the choice to the planner.
 
-    `kv_budget` is in bytes (int) or a share of the device's free memory (float). `draft`: a draft model to keep room
-    for beside it. `pinned_prompts`: beginnings of prompts to compute at load and keep. `weights`: see `Limits`.
+    `kv_budget` is in bytes (int) or a share of the device's free memory (float). `draft`: who proposes tokens for
+    it; None: nobody. `pinned_prompts`: beginnings of prompts to compute at load and keep. `weights`: see `Limits`.
     `weight_format`: what the model's weights are quantised to when they are loaded. `native`: whether our own kernels
     run the model, those of the processor or of the card; None: where they are available and can.
     """
@@ -50,10 +52,18 @@ class EngineSettings:
     prefix_cache: bool = True
     max_sequences: int = 16
     max_step_tokens: int = 512
-    draft: Draft | None = None
+    draft: DraftSettings | None = None
     pinned_prompts: tuple[PinnedPrompt, ...] = ()
     weights: Mapping[int, int] = field(default_factory=lambda: Priorities().weights)
     native: bool | None = None
+
+    @property
+    def max_proposed(self) -> int:
+        """The most proposals that a step verifies, all sequences together: a token each, or all of one sequence's.
+
+        More would seldom pay where many sequences share the steps, and each has logits of its own to make room for.
+        """
+        return 0 if self.draft is None else max(self.draft.tokens, self.max_sequences)
 
     @classmethod
     def from_config(cls, config: Config, model: Model, place: Place) -> "EngineSettings":
@@ -72,6 +82,7 @@ class EngineSettings:
             prefix_cache=config.kv.prefix_cache,
             max_sequences=model.max_num_seqs,
             max_step_tokens=model.max_step_tokens,
+            draft=None if model.draft is None else DraftSettings.from_config(model.draft),
             pinned_prompts=model.pinned_prompts,
             weights=config.priorities.weights,
         )
@@ -120,13 +131,21 @@ def weigh(
     return choice, native_bytes(table, spec, weight_form(settings, choice))
 
 
+@dataclass(frozen=True, slots=True)
+class DraftFiles:
+    """What the files of a draft model say, for those who plan more than once."""
+
+    spec: ModelSpec
+    table: WeightTable
+
+
 def plan_engine(
-    settings: EngineSettings, spec: ModelSpec, table: WeightTable | None = None
+    settings: EngineSettings, spec: ModelSpec, table: WeightTable | None = None, draft: DraftFiles | None = None
 ) -> tuple[DtypeChoice, MemoryPlan]:
     """How the device's free memory is shared out; the same arithmetic as `edgekv plan`.
 
-    `table`: what the model's files hold; None to read their headers. Raises ModelError for files that could not be
-    loaded, ContextTooLong, and NotServedHere for what only other kernels can do.
+    `table`: what the model's files hold, `draft`: what those of its draft do; None to read their headers. Raises
+    ModelError for files that could not be loaded, ContextTooLong, and NotServedHere for what only other kernels can do.
     """
     place, native = settings.place, runs_natively(settings, spec)
     if settings.context_tokens is not None and settings.context_tokens > spec.max_position_embeddings:
@@ -138,21 +157,7 @@ def plan_engine(
         table = read_weight_table(settings.folder, spec)
     choice, weights = weigh(settings, spec, table, native=native)
     context_tokens = settings.context_tokens or spec.max_position_embeddings
-    workspace = graphs = None
-    if native and place.kind == "card":
-        limits = card_limits(settings, spec)
-        facts = matrix_facts(table, spec, weight_form(settings, choice), choice.name)
-        workspace = card_memory.workspace_bytes(spec, limits, facts, choice.name)
-        graphs = card_memory.graphs_bytes(spec, limits)
-    elif native:
-        workspace = workspace_bytes(
-            spec,
-            native_inputs(table, spec, weight_form(settings, choice)),
-            max_step_tokens=settings.max_step_tokens,
-            max_sequences=settings.max_sequences,
-            context_tokens=context_tokens,
-            threads=default_threads(),
-        )
+    workspace, graphs = _step_bytes(settings, spec, table, choice, native=native)
     memory = plan_memory(
         spec,
         device=place.kind,
@@ -170,10 +175,92 @@ def plan_engine(
         workspace=workspace,
         graphs=graphs,
         kv_budget=settings.kv_budget,
-        draft=settings.draft,
+        draft=weigh_draft(replace(settings, native=native, context_tokens=context_tokens), draft),
         kv_alignment=kv_alignment(kv_engine(settings, native=native)),
+        max_proposed=settings.max_proposed,
     )
     return choice, memory
+
+
+def draft_engine(settings: EngineSettings, files: DraftFiles | None = None) -> tuple[EngineSettings, ModelSpec] | None:
+    """What a draft model is built from as an engine of its own, and its shape; None where no model drafts.
+
+    It runs on the same device, one request of it is as long as the target's, as far as its own positions go, and its
+    kernels are chosen as for a target. `settings.context_tokens` is decided. Raises ModelError.
+    """
+    draft = settings.draft
+    if draft is None or draft.folder is None:
+        return None
+    spec = read_spec(draft.folder) if files is None else files.spec
+    asked = EngineSettings(
+        folder=draft.folder,
+        place=settings.place,
+        kv_dtype=draft.kv_dtype,
+        kv_budget=draft.kv_budget,
+        context_tokens=min(settings.context_tokens or spec.max_position_embeddings, spec.max_position_embeddings),
+        block_size=settings.block_size,
+        prefix_cache=settings.prefix_cache,
+        max_sequences=settings.max_sequences,
+        max_step_tokens=settings.max_step_tokens,
+        native=False if settings.native is False else None,
+        # On a card the last token of a guess that was all right is computed beside the one after it: see engine/draft.
+        draft=DraftSettings(tokens=1) if settings.place.kind == "card" else None,
+    )
+    return replace(asked, native=runs_natively(asked, spec)), spec
+
+
+def weigh_draft(settings: EngineSettings, files: DraftFiles | None = None) -> Draft | None:
+    """What there is to plan for a draft model; None where no model drafts. `files`: None to read what they say."""
+    made = draft_engine(settings, files)
+    if made is None:
+        return None
+    engine, spec = made
+    native = runs_natively(engine, spec)
+    if (unmet := next(not_served(engine, native=native), None)) is not None:
+        setting = f"draft.{unmet[0]}"
+        raise NotServedHere(setting, unmet[1], why_not_served(engine, spec, setting) or NOT_IN_USE)
+    table = read_weight_table(engine.folder, spec) if files is None else files.table
+    choice, weights = weigh(engine, spec, table, native=native)
+    workspace, graphs = _step_bytes(engine, spec, table, choice, native=native, is_draft=True)
+    budget = engine.kv_budget
+    return Draft(
+        spec,
+        choice.name,
+        budget if budget is None or isinstance(budget, int) else int(settings.place.free_bytes * budget),
+        weights,
+        workspace_bytes=None if workspace is None else workspace + (graphs or 0),
+        kv_format=engine.kv_dtype,
+        kv_alignment=kv_alignment(kv_engine(engine, native=native)),
+    )
+
+
+def _step_bytes(
+    settings: EngineSettings,
+    spec: ModelSpec,
+    table: WeightTable,
+    choice: DtypeChoice,
+    *,
+    native: bool,
+    is_draft: bool = False,
+) -> tuple[int | None, int | None]:
+    """Workspace and graphs of our own kernels; None where torch runs the model, which is estimated."""
+    if not native:
+        return None, None
+    if settings.place.kind == "card":
+        limits = card_limits(settings, spec)
+        facts = matrix_facts(table, spec, weight_form(settings, choice), choice.name)
+        workspace = card_memory.workspace_bytes(spec, limits, facts, choice.name, libraries=not is_draft)
+        return workspace, card_memory.graphs_bytes(spec, limits)
+    workspace = workspace_bytes(
+        spec,
+        native_inputs(table, spec, weight_form(settings, choice)),
+        max_step_tokens=settings.max_step_tokens,
+        max_sequences=settings.max_sequences,
+        max_sampled=settings.max_sequences + settings.max_proposed,
+        context_tokens=settings.context_tokens or spec.max_position_embeddings,
+        threads=default_threads(),
+    )
+    return workspace, None
 
 
 def card_limits(settings: EngineSettings, spec: ModelSpec) -> CardLimits:
@@ -181,7 +268,9 @@ def card_limits(settings: EngineSettings, spec: ModelSpec) -> CardLimits:
     context_tokens = settings.context_tokens or spec.max_position_embeddings
     # A step has at least a token of each sequence.
     tokens = max(settings.max_step_tokens, settings.max_sequences)
-    return CardLimits(tokens, settings.max_sequences, -(-context_tokens // settings.block_size))
+    context_blocks = -(-context_tokens // settings.block_size)
+    proposed = min(settings.max_proposed, tokens - settings.max_sequences)
+    return CardLimits(tokens, settings.max_sequences, context_blocks, proposed)
 
 
 class ContextTooLong(EdgeKVError):
@@ -203,12 +292,17 @@ def lease(memory: MemoryPlan, runtime_bytes: int | None = None) -> Ledger:
     """
     if memory.kv.num_blocks == 0:
         raise NoRoomForKV(memory)
+    if memory.draft is not None and memory.draft.kv.num_blocks == 0:
+        raise NoRoomForDraft(memory.draft)
     runtime = memory.runtime_bytes if runtime_bytes is None else runtime_bytes
     ledger = Ledger(memory.budget_bytes + max(0, runtime - memory.runtime_bytes))
     try:
         for name, num_bytes in (memory.leases | {"runtime": runtime}).items():
-            if name != KV_LEASE:
+            if name not in (KV_LEASE, DRAFT_KV_LEASE):
                 ledger.reserve(name, num_bytes)
+        if memory.draft is not None:
+            for num_blocks in memory.draft.kv.segments:
+                ledger.reserve(DRAFT_KV_LEASE, num_blocks * memory.draft.kv.block_bytes)
         whole_pool = ledger.reserve(KV_LEASE, memory.kv.pool_bytes)
     except OverBudget as over:
         raise (NoRoomForKV(memory) if memory.missing_bytes else KVBudgetTooLarge(memory, over)) from None

@@ -7,22 +7,26 @@ from edgekv.core.scheduler import Outcome, Scheduler
 from edgekv.core.sequence import FinishReason
 from edgekv.core.step import StepPlan
 from edgekv.engine.protocols import ElasticPool
+from edgekv.engine.speculate import Speculation
 
 POOL_SHARE_GIVEN_BACK = 0.1
 GUARD_S = 1.0  # for the memory guard to see that others took memory: several of its periods
 
 
 class Shortage:
-    """Out of memory in a step, the next is tried with one sequence less, or with less of a pool.
+    """Out of memory in a step, the next is tried without proposals, without what no sequence needs, with one sequence
+    less, or with less of a pool.
 
     Args:
         scheduler: the engine's.
         pool: what gives memory back; None for a pool of fixed size.
+        speculation: whose proposals make steps larger; None where there are none.
     """
 
-    def __init__(self, scheduler: Scheduler, pool: ElasticPool | None) -> None:
+    def __init__(self, scheduler: Scheduler, pool: ElasticPool | None, speculation: Speculation | None = None) -> None:
         self._scheduler = scheduler
         self._pool = pool
+        self._speculation = speculation
         self._is_guarded = False
         self._since_s: float | None = None
 
@@ -36,6 +40,13 @@ class Shortage:
 
     def relieve(self, plan: StepPlan, clock: Callable[[], float]) -> Outcome:
         """The step did not happen: see to it that the next one can, or end the sequences that it was for."""
+        if self._speculation is not None and any(chunk.proposed for chunk in plan.chunks):
+            self._speculation.stop_for_a_while()
+            self._scheduler.undo(plan)
+            return Outcome()
+        if self._pool is not None and self._pool.spare():
+            self._scheduler.undo(plan)
+            return Outcome()
         if self._scheduler.retreat(plan) or self._is_for_the_guard(clock()) or self._give_memory_back():
             return Outcome()
         self.over()

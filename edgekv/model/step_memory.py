@@ -60,15 +60,19 @@ def workspace_bytes(
     *,
     max_step_tokens: int,
     max_sequences: int,
+    max_sampled: int,
     context_tokens: int,
     threads: int,
 ) -> int:
-    """The most that one step takes: its buffers, attention's scratch, that of threads, and the sampler's."""
+    """The most that one step takes: its buffers, attention's scratch, that of threads, and the sampler's.
+
+    `max_sampled`: rows that have logits, at least one for each of `max_sequences`.
+    """
     attention = attention_bytes(
         spec, max_step_tokens=max_step_tokens, max_sequences=max_sequences, context_tokens=context_tokens
     )
-    sampler = _SAMPLER_BYTES * max_sequences * spec.vocab_size
-    return step_bytes(spec, inputs, max_step_tokens, max_sequences) + attention + threads * SCRATCH_BYTES + sampler
+    sampler = _SAMPLER_BYTES * max_sampled * spec.vocab_size
+    return step_bytes(spec, inputs, max_step_tokens, max_sampled) + attention + threads * SCRATCH_BYTES + sampler
 
 
 def attention_bytes(spec: ModelSpec, *, max_step_tokens: int, max_sequences: int, context_tokens: int) -> int:

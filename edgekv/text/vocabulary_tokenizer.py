@@ -36,6 +36,11 @@ class VocabularyTokenizer(ABC):
         return len(self._vocabulary)
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """The pieces, and the bytes they stand for."""
+        return self._vocabulary
+
+    @property
     def bos_id(self) -> int | None:
         """The id that begins a text."""
         return self._named_ids.get("bos_token")

@@ -37,7 +37,7 @@ def test_what_was_given_back_is_what_the_engine_says_and_not_what_was_asked_for(
     told.decided(decision(State.CRITICAL, others=5 * GIB), facts(given_back=128 * MIB, num_resizes=1), 500, 1.1)
     (event,) = [event for event in told.events if event.kind == "shrunk"]
     assert (event.at, event.num_bytes) == (1e9, 128 * MIB)
-    assert event.detail == "gave 128.00 MiB of KV cache back: others took 4.00 GiB; the pool has 500 tokens now"
+    assert event.detail == "gave 128.00 MiB back: others took 4.00 GiB; the pool has 500 tokens now"
 
 
 def test_others_that_took_it_in_two_bites_took_it_all(told: MemoryLog) -> None:
@@ -53,7 +53,7 @@ def test_what_a_spill_cost_is_not_laid_at_others_door(told: MemoryLog) -> None:
     reason = "200 MiB of ours are in system memory"
     told.decided(decision(State.SPILLED, others=2 * GIB, shrink=SEGMENT, reason=reason), facts(), 1000, 1)
     told.decided(decision(others=2 * GIB), facts(SEGMENT, 0, 1), 900, 1.1)
-    assert details(told, "shrunk") == [f"gave 64.00 MiB of KV cache back: {reason}; the pool has 900 tokens now"]
+    assert details(told, "shrunk") == [f"gave 64.00 MiB back: {reason}; the pool has 900 tokens now"]
 
 
 def test_memory_that_a_step_had_to_give_back_is_told_too(told: MemoryLog) -> None:
@@ -70,7 +70,7 @@ def test_segments_taken_one_after_the_other_are_one_event(told: MemoryLog) -> No
     assert details(told, "grown") == []
     told.decided(decision(), facts(taken=8 * SEGMENT, num_resizes=8), 1008, now + GROWN_S)
     assert details(told, "grown") == [
-        "took 512.00 MiB for the KV cache that others left; the pool has 1,008 tokens now"
+        "took 512.00 MiB that others left; the pool has 1,008 tokens now"
     ]
     assert told.events[-1].num_bytes == 8 * SEGMENT
 

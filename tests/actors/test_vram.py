@@ -127,7 +127,7 @@ async def test_a_game_that_starts_gets_its_memory_within_a_period_and_a_step_and
         assert shrunk.at == pytest.approx(UNIX_TIME + trio.current_time())
         tokens = server.simulated.core.scheduler.cache.pool.total_blocks * BLOCK_SIZE
         assert shrunk.detail == (
-            f"gave {given_back / GIB:.2f} GiB of KV cache back: others took 9.00 GiB; "
+            f"gave {given_back / GIB:.2f} GiB back: others took 9.00 GiB; "
             f"the pool has {tokens:,} tokens now"
         )
         await finish(streams, 1500)
@@ -144,7 +144,7 @@ async def test_when_the_game_ends_the_pool_grows_back_and_says_so_once(autojump_
         assert card.kv_bytes == 128 * SEGMENT_BYTES, "its ceiling"
         (grown,) = server.told("grown")
         assert grown.num_bytes == 112 * SEGMENT_BYTES
-        assert grown.detail == ("took 7.00 GiB for the KV cache that others left; the pool has 32,768 tokens now")
+        assert grown.detail == ("took 7.00 GiB that others left; the pool has 32,768 tokens now")
 
 
 async def test_memory_can_be_taken_to_the_last_segment_under_open_streams_and_all_of_them_finish(

@@ -13,13 +13,15 @@ from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
-from edgekv.core.sequence import SequenceSpec
-from edgekv.core.step import Resize, StepPlan
+from edgekv.core.sequence import FinishReason, SequenceSpec
+from edgekv.core.speculation import Controller
+from edgekv.core.step import Resize, StepPlan, TokenOut
 from edgekv.engine.core import EngineCore
 from edgekv.engine.kv_pool import BlockMemory, KVPool
 from edgekv.engine.native import LibraryPacker
 from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.native_runner import NativeRunner
+from edgekv.engine.proposer import Proposer
 from edgekv.engine.runner import Runner
 from edgekv.engine.sampler import Sampler
 from edgekv.engine.segments import Segments
@@ -49,7 +51,10 @@ class EngineHarness:
         limits: Limits | None = None,
         prefix: bool = True,
         kv_format: KVFormatName = "float32",
+        proposer: Proposer | None = None,
+        controller: Controller | None = None,
     ) -> None:
+        self.model = model
         self.memory: BlockMemory[Any]
         self._runner: Runner | NativeRunner
         if isinstance(model, NativeLM):
@@ -71,8 +76,18 @@ class EngineHarness:
         self.cache = KVCache(numbers, PrefixCache(block_size) if prefix else None)
         self.scheduler = Scheduler(self.cache, limits or Limits())
         vocab = model.spec.vocab_size
-        self.core = EngineCore(self.scheduler, self, Sampler(vocab, CPU), vocab, self.segments)
+        self.core = EngineCore(
+            self.scheduler,
+            self,
+            Sampler(vocab, CPU),
+            vocab,
+            self.segments,
+            proposer=proposer,
+            controller=controller,
+        )
         self.outputs: dict[int, list[int]] = {}
+        self.said: dict[int, list[TokenOut]] = {}
+        self.reasons: dict[int, FinishReason] = {}
         self.cached: dict[int, int] = {}
         self.logits: list[Tensor] = []
         self._poisoned: set[int] = set()
@@ -85,9 +100,11 @@ class EngineHarness:
         return logits
 
     def submit(self, prompt: list[int], max_tokens: int = 64, *, salt: bytes = b"", seed: int | None = None) -> int:
-        self._ids += 1
         temperature = 0.0 if seed is None else 0.8
-        sampling = SamplingParams(max_tokens, seed=seed or 0, temperature=temperature)
+        return self.ask(prompt, SamplingParams(max_tokens, seed=seed or 0, temperature=temperature), salt=salt)
+
+    def ask(self, prompt: list[int], sampling: SamplingParams, *, salt: bytes = b"") -> int:
+        self._ids += 1
         self.core.submit(SequenceSpec(self._ids, tuple(prompt), sampling, salt=salt))
         return self._ids
 
@@ -97,8 +114,10 @@ class EngineHarness:
             self.cached[started.sequence_id] = started.cached_tokens
         for token in report.tokens:
             self.outputs.setdefault(token.sequence_id, []).append(token.sampled.token_id)
+            self.said.setdefault(token.sequence_id, []).append(token)
         for finished in report.finished:
             assert finished.reason in ("stop", "length"), finished
+            self.reasons[finished.sequence_id] = finished.reason
         self.scheduler.check_integrity()
         self._poison_free_blocks()
 

@@ -10,7 +10,9 @@ import torch
 
 import edgekv.demo
 from edgekv.core.capacity import MIB
+from edgekv.core.kv_format import KVDtypeName
 from edgekv.engine.assemble import assemble
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.settings import EngineSettings, plan_engine
 from edgekv.kernels.cpu.formats import PanelFormat
@@ -77,6 +79,26 @@ def test_plan_ledger_and_memory_agree(kind: str, changes: dict[str, Any], tmp_pa
     assert model.lowered.weight_bytes == planned.weight_bytes == leased["weights"]
     assert pool.num_bytes == planned.kv.pool_bytes == leased["kv.target"]
     assert pool.num_tokens == planned.kv.pool_tokens == assembly.pool_tokens
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_so_is_what_it_says_of_a_draft(kv_dtype: KVDtypeName | None, tmp_path: Path) -> None:
+    path = make_plain(tmp_path)
+    draft = DraftSettings(TOKENIZER, kv_dtype=kv_dtype, kv_budget=2 * MIB + 777)
+    settings = EngineSettings(path, CPU, kv_budget=3 * MIB, max_step_tokens=64, native=True, draft=draft)
+    planned = plan_engine(settings, read_spec(path))[1]
+    core, assembly = assemble(settings, progress=lambda done, total, stage: None)
+    assert planned.draft is not None
+    leased, promised = dict(assembly.leases), dict(planned.leases)
+    assert leased.pop("runtime") > 0
+    promised.pop("runtime")
+    assert leased == promised
+    own = core.proposer.pipeline.runner  # type: ignore[union-attr]
+    assert isinstance(own._model, NativeLM)
+    assert own._model.lowered.weight_bytes == planned.draft.weight_bytes == leased["weights.draft"]
+    assert own._pool.num_bytes == planned.draft.kv.pool_bytes == leased["kv.draft"]
+    assert own._pool.num_tokens == planned.draft.kv.pool_tokens
+    assert planned.draft.workspace_bytes == leased["workspace.draft"]
 
 
 def test_float16_that_is_asked_for_is_float16_everywhere(tmp_path: Path) -> None:

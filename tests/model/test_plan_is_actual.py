@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import edgekv.demo
-from edgekv.core.capacity import MIB, Draft, DtypeName, KVFormatName, plan_kv
+from edgekv.core.capacity import MIB, DtypeName, KVFormatName, plan_kv
 from edgekv.engine.assemble import assemble
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kv_pool import KVPool, PoolShape
 from edgekv.engine.settings import EngineSettings, plan_engine
 from edgekv.model.causal_lm import CausalLM
@@ -46,10 +47,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_plan_ledger_and_memory_agree_for_every_format_with_and_without_a_draft(folder: Path) -> None:
-    draft = Draft(read_spec(TOKENIZER), "float32", 1 * MIB)
-    for kv_dtype, drafted in itertools.product(DTYPES, (None, draft)):
+    for kv_dtype, drafts in itertools.product(DTYPES, (False, True)):
+        draft = DraftSettings(TOKENIZER, kv_dtype=kv_dtype, kv_budget=MIB) if drafts else None
         settings = EngineSettings(
-            folder, CPU, dtype="bfloat16", kv_dtype=kv_dtype, kv_budget=5 * MIB + 777, draft=drafted
+            folder, CPU, dtype="bfloat16", kv_dtype=kv_dtype, kv_budget=5 * MIB + 777, draft=draft
         )
         _, planned = plan_engine(settings, read_spec(folder))
         core, assembly = assemble(settings, progress=lambda done, total, stage: None)
@@ -59,17 +60,26 @@ def test_plan_ledger_and_memory_agree_for_every_format_with_and_without_a_draft(
         assert leased.pop("runtime") > 0
         promised.pop("runtime")
         assert leased == promised
-        assert ("kv.draft" in leased) == ("weights.draft" in leased) == (drafted is not None)
+        assert all((f"{name}.draft" in leased) == drafts for name in ("weights", "workspace", "kv"))
         assert memory.budget_bytes >= planned.budget_bytes
         assert assembly.pool_tokens == core.stats().pool.total_blocks * 16 == planned.kv.pool_tokens > 0
         pool, model = core.runner._pool, core.runner._model  # type: ignore[attr-defined]
         assert isinstance(pool, KVPool)
         assert isinstance(model, CausalLM)
         storages = [segment.data.untyped_storage() for segment in pool.cache.segments.values()]
-        assert sum(storage.nbytes() for storage in storages) == planned.kv.pool_bytes == memory.facts.kv_bytes
+        drafted_bytes = 0 if planned.draft is None else planned.draft.num_bytes
+        assert sum(storage.nbytes() for storage in storages) == planned.kv.pool_bytes
+        assert memory.facts.kv_bytes == planned.kv.pool_bytes + drafted_bytes
         weights = {each.data_ptr(): each.numel() * each.itemsize for each in tensors_of(model)}
         assert sum(weights.values()) == pytest.approx(planned.weight_bytes, rel=0.01), "RoPE's tables are in it too"
-        assert memory.facts.ceiling_bytes == planned.ceiling_bytes == planned.kv.pool_bytes
+        assert memory.facts.ceiling_bytes - drafted_bytes == planned.ceiling_bytes == planned.kv.pool_bytes
+        if planned.draft is not None:
+            own = core.proposer.pipeline.runner  # type: ignore[union-attr]
+            weights = {each.data_ptr(): each.numel() * each.itemsize for each in tensors_of(own._model)}
+            assert sum(weights.values()) == pytest.approx(planned.draft.weight_bytes, rel=0.01)
+            storages = [segment.data.untyped_storage() for segment in own._pool.cache.segments.values()]
+            held = sum(storage.nbytes() for storage in storages)
+            assert held == planned.draft.kv.pool_bytes == leased["kv.draft"] > 0
 
 
 @pytest.mark.parametrize(

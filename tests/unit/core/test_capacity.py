@@ -254,7 +254,9 @@ def test_a_draft_has_lines_of_its_own_and_takes_from_the_pool() -> None:
     assert GIB - made.draft.kv.block_bytes < made.draft.kv.pool_bytes <= GIB
     less = without.kv.pool_bytes - made.kv.pool_bytes
     assert abs(less - made.draft.num_bytes) < 2 * made.kv.block_bytes
-    assert list(made.leases)[-3:] == ["weights.draft", "kv.draft", "kv.target"]
+    assert list(made.leases)[-4:] == ["weights.draft", "workspace.draft", "kv.draft", "kv.target"]
+    assert made.leases["workspace.draft"] == made.draft.workspace_bytes > 0
+    assert made.draft.num_bytes == 200_000_000 + made.draft.workspace_bytes + made.draft.kv.pool_bytes
 
 
 def test_a_drafts_pool_is_no_larger_than_it_can_use() -> None:
@@ -265,10 +267,26 @@ def test_a_drafts_pool_is_no_larger_than_it_can_use() -> None:
 
 
 def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
-    made = plan(18 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16"), max_sequences=256)
+    made = plan(20 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16"), max_sequences=256)
     assert made.draft is not None
+    assert made.draft.kv.pool_bytes < DRAFT_KV_BYTES
     left = made.kv.pool_bytes + made.free_bytes + made.draft.kv.pool_bytes
     assert left // 4 - made.draft.kv.block_bytes < made.draft.kv.pool_bytes <= left // 4
+
+
+def test_a_draft_is_kept_as_it_was_told() -> None:
+    asked = Draft(SMALL_DRAFT, "bfloat16", GIB, workspace_bytes=3 * MIB, kv_format="int8", kv_alignment=128)
+    made = plan(24 * GIB, draft=asked).draft
+    assert made is not None
+    assert (made.kv_dtype, made.dtype, made.workspace_bytes) == ("int8", "bfloat16", 3 * MIB)
+    # K and V of 2 heads of 64 in 16 tokens of 4 layers; scales of 64 bytes take 128 each.
+    assert made.kv.block_bytes == 4 * 2 * (2 * 16 * 64 + 128)
+    assert made.kv.pool_bytes <= GIB < made.kv.pool_bytes + made.kv.block_bytes
+
+
+def test_what_is_proposed_has_logits_too() -> None:
+    more = plan(24 * GIB, max_proposed=8).workspace_bytes - plan(24 * GIB).workspace_bytes
+    assert more == 8 * LLAMA_8B.vocab_size * 16, "float32, its softmax, and int64 indices"
 
 
 @pytest.mark.parametrize(
@@ -342,10 +360,10 @@ def test_a_share_is_of_what_is_free() -> None:
 def test_the_workspace_grows_with_what_a_step_may_do() -> None:
     least = {
         "device": "cpu", "dtype_bytes": 2, "kv_dtype": "bfloat16", "context_tokens": 8192, "max_step_tokens": 128,
-        "max_sequences": 1,
+        "max_sampled": 1,
     }  # fmt: skip
     small = workspace_bytes(LLAMA_8B, **least)  # type: ignore[arg-type]
-    for more in ({"max_step_tokens": 512}, {"max_sequences": 16}, {"context_tokens": 8193}, {"kv_dtype": "float32"}):
+    for more in ({"max_step_tokens": 512}, {"max_sampled": 16}, {"context_tokens": 8193}, {"kv_dtype": "float32"}):
         assert small < workspace_bytes(LLAMA_8B, **least | more)  # type: ignore[arg-type]
     assert workspace_bytes(LLAMA_8B, **least | {"context_tokens": 16}) > 16 * MIB  # type: ignore[arg-type]
 

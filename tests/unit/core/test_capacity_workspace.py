@@ -66,7 +66,7 @@ def attention_bytes(shape: Shape, dtype: torch.dtype, context: int, tokens: int)
     second = pool.add_segment(1) << 20
     spec = SequenceSpec(id=1, prompt=(0,) * context, sampling=SamplingParams(max_tokens=1))
     table = (*range(first, first + blocks - 1), second)
-    chunk = Chunk(Sequence.from_spec(spec, arrival=0), context - tokens, (0,) * tokens, table, samples=True)
+    chunk = Chunk(Sequence.from_spec(spec, arrival=0), context - tokens, (0,) * tokens, table, sampled=1)
     built = build_batch((chunk,), pool, vocab_size=1)
     attention = PagedAttention(pool.cache, built.ragged, Workspace(CPU))
     queries = torch.zeros(tokens, shape.num_heads, shape.head_dim, dtype=dtype)
@@ -87,7 +87,7 @@ def test_attention_stays_within_its_workspace(
     measured = attention_bytes(shape, getattr(torch, dtype), context, tokens)
     asked = {
         "device": "cpu", "dtype_bytes": DTYPE_BYTES[dtype], "kv_dtype": dtype, "context_tokens": context,
-        "max_step_tokens": tokens, "max_sequences": 1,
+        "max_step_tokens": tokens, "max_sampled": 1,
     }  # fmt: skip
     planned = workspace_bytes(shape, **asked)  # type: ignore[arg-type]
     assert measured <= planned

@@ -72,7 +72,7 @@ def test_pins_are_told_the_time_with_every_step_and_every_resize() -> None:
             told.append(now_s)
 
     core.keep(Pins())
-    core.clock = iter((3.0, 5.0)).__next__
+    core.clock = iter((3.0, 4.0, 5.0)).__next__  # the second is when the step begins
     core.resize(Resize(0))
     core.step()
     assert told == [3.0, 5.0]

@@ -15,7 +15,7 @@ from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Scheduler
-from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec
+from edgekv.core.sequence import FinishReason, SequenceSpec
 from edgekv.core.step import UNKNOWN, Resize, Sampled, StepPlan, StepReport
 from edgekv.engine.core import EngineCore
 from edgekv.engine.kv_pool import KVPool, PoolShape
@@ -41,7 +41,8 @@ class LateDevice:
     """Does nothing before somebody waits.
 
     `events` says what was begun and read, by the steps' numbers from 1; the faults are told the number of the attempt
-    to begin one, or of the step that is read.
+    to begin one, or of the step that is read. No number comes out for `nan_sequences`, nor of `nan_from` for rows that
+    follow so many tokens of a sequence's output.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class LateDevice:
         self.begin_fault: Fault = lambda number: None
         self.result_fault: Fault = lambda number: None
         self.nan_sequences: set[int] = set()
+        self.nan_from: dict[int, int] = {}
         self.sampler = Sampler(VOCAB, CPU)
         self.num_begun = self.num_attempts = 0
 
@@ -69,35 +71,39 @@ class LateStep:
         self, device: LateDevice, number: int, plan: StepPlan, rows: list[SampleRow], after: "LateStep | None"
     ) -> None:
         self.device, self.number, self.plan, self.rows, self.after = device, number, plan, rows, after
-        self._tokens: dict[Sequence, Sampled] | None = None
+        self.whose = [chunk.sequence for chunk in plan.sampling for _ in range(chunk.sampled)]
+        self._tokens: list[Sampled] | None = None
         self.has_been_read = False
 
     def result(self, without: Collection[int] = ()) -> list[Sampled]:
         self.device.events += [] if self.has_been_read else [f"read {self.number}"]
         self.has_been_read = True
         self.device.result_fault(self.number)
-        sampling = self.plan.sampling
-        bad = [row for row, c in enumerate(sampling) if c.sequence.id in self.device.nan_sequences]
-        if not set(bad) <= set(without):
-            raise NonFiniteLogits(tuple(row for row in bad if row not in without), len(sampling))
-        tokens = self.tokens()
-        return [tokens[chunk.sequence] for row, chunk in enumerate(sampling) if row not in without]
+        bad = tuple(row for row in range(len(self.rows)) if row not in without and self._is_bad(row))
+        if bad:
+            raise NonFiniteLogits(bad, len(self.rows))
+        return [token for row, token in enumerate(self.tokens()) if row not in without]
 
-    def tokens(self) -> dict[Sequence, Sampled]:
+    def tokens(self) -> list[Sampled]:
         if self._tokens is None:
             logits, rows = [], []
-            for chunk, row in zip(self.plan.sampling, self.rows, strict=True):
+            ends = [c.end - c.sampled + place + 1 for c in self.plan.sampling for place in range(c.sampled)]
+            starts = [c.token_ids for c in self.plan.sampling for _ in range(c.sampled)]
+            for sequence, end, token_ids, row in zip(self.whose, ends, starts, self.rows, strict=True):
                 known = list(row.tokens)
-                if chunk.token_ids == (UNKNOWN,):
+                if token_ids == (UNKNOWN,):
                     assert self.after is not None
-                    known.append(self.after.tokens()[chunk.sequence].token_id)
-                assert len(known) == chunk.end
+                    known.append(self.after.tokens()[self.after.whose.index(sequence)].token_id)
+                assert len(known) == end
                 assert row.num_output == len(known) - row.num_prompt
                 logits.append(logits_after(known))
                 rows.append(SampleRow(row.params, known, row.num_prompt))
-            found = self.device.sampler.sample(torch.stack(logits), rows) if rows else []
-            self._tokens = {c.sequence: one for c, one in zip(self.plan.sampling, found, strict=True)}
+            self._tokens = self.device.sampler.sample(torch.stack(logits), rows) if rows else []
         return self._tokens
+
+    def _is_bad(self, row: int) -> bool:
+        number = self.whose[row].id
+        return number in self.device.nan_sequences or self.rows[row].num_output >= self.device.nan_from.get(number, 99)
 
 
 class Harness:

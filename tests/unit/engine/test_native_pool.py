@@ -48,6 +48,6 @@ def test_a_block_of_a_segment_that_went_or_never_was_is_refused(block: int) -> N
     pool = make_pool(4, 4)
     pool.remove_segment(1)
     spec = SequenceSpec(id=7, prompt=(0,) * 17, sampling=SamplingParams(max_tokens=1))
-    chunk = Chunk(Sequence.from_spec(spec, arrival=0), 0, spec.prompt, (0, block), samples=True)
+    chunk = Chunk(Sequence.from_spec(spec, arrival=0), 0, spec.prompt, (0, block), sampled=1)
     with pytest.raises(ValueError, match=f"sequence 7: block {block} of its block table is in no segment"):
         build_batch((chunk,), pool, vocab_size=1)

@@ -8,7 +8,8 @@ import pytest
 
 from edgekv.config.units import parse_size
 from edgekv.core.capacity import GIB, MIB
-from edgekv.demo import draft_path
+from edgekv.demo import draft_path, target_path
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
 from edgekv.engine.settings import EngineSettings, lease, plan_engine
 from edgekv.model.hf_config import read_spec
@@ -47,6 +48,25 @@ def test_the_budget_that_is_named_fits_and_hardly_more_does(place: Place, kv_bud
     leased(place, most)
     leased(place, None)
     refused(place, most * 102 // 100)
+
+
+def test_a_draft_is_named_where_it_is_the_cause() -> None:
+    place = Place("cpu", "cpu", "CPU", 800 * MIB, total_bytes=800 * MIB)
+    drafts = DraftSettings(draft_path(), kv_budget=100 * MIB)
+    settings = EngineSettings(target_path(), place, kv_budget=MIB, native=False, draft=drafts)
+    spec = read_spec(target_path())
+    small = replace(settings, draft=replace(drafts, kv_budget=MIB))
+    alone = plan_engine(replace(settings, draft=None), spec)[1]
+    room = alone.kv.pool_bytes + alone.free_bytes
+    for changed, error, is_cause in (
+        (settings, NoRoomForKV, True),
+        (replace(small, kv_budget=room - MIB), KVBudgetTooLarge, True),
+        (replace(small, kv_budget=GIB), KVBudgetTooLarge, False),
+    ):
+        with pytest.raises(error) as caught:
+            lease(plan_engine(changed, spec)[1])
+        assert ("eave the draft out (--draft off), which takes " in str(caught.value)) == is_cause, str(caught.value)
+    lease(plan_engine(replace(settings, draft=None, kv_budget=room), spec)[1])
 
 
 def test_others_are_named_where_they_are_the_cause() -> None:

@@ -71,7 +71,7 @@ def sequence(tokens: Items[int], sequence_id: int = 7) -> Sequence:
 
 def chunk(owner: Sequence, start: int, end: int, table: Items[int]) -> Chunk:
     tokens = tuple(owner.tokens[start:end])
-    return Chunk(owner, start, tokens, tuple(table), samples=end == len(owner.tokens))
+    return Chunk(owner, start, tokens, tuple(table), sampled=int(end == len(owner.tokens)))
 
 
 def step(*chunks: Chunk, copies: tuple[BlockCopy, ...] = ()) -> StepPlan:

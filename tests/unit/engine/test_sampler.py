@@ -474,3 +474,13 @@ def test_settings_that_cannot_be_honoured_are_named(field: str, value: object) -
     check_params(params(), 10)
     with pytest.raises(ValueError, match=field):
         check_params(params(**{field: value}), 10)
+
+
+def test_small_vocabularies_are_drawn_from_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(1)) * 3.0
+    logits[:, 7] = -INF
+    rows = [row(params(seed=seed, temperature=0.3 + seed % 5 / 3, min_p=seed % 3 / 40)) for seed in range(64)]
+    drawn = Sampler(300, "cpu").sample(logits, rows)
+    assert len({each.token_id for each in drawn}) > 20
+    monkeypatch.setattr("edgekv.engine.sampler._SMALL_VOCABULARY", 0)
+    assert Sampler(300, "cpu").sample(logits, rows) == drawn

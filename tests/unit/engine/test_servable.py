@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from edgekv.config.settings import Config
-from edgekv.demo import target_path
+from edgekv.demo import draft_path, target_path
 from edgekv.engine import servable
-from edgekv.engine.servable import unservable
+from edgekv.engine.servable import check_drafts_tokens, unservable
+from edgekv.errors import ModelError
 from edgekv.kernels.cpu.library import VARIABLE
 from edgekv.smi.device import Place
+from tests.model.other_tokens import copy_with_other_tokens
 from tests.model.quantised_models import make_quantised
 from tests.model.tiny_models import edit_config
 
@@ -83,6 +85,19 @@ def test_formats_that_only_a_card_has(copied: Path) -> None:
         assert found(copied, kv={"dtype": dtype}) == found(copied, kv={"dtype": dtype}, device="memory") == refused
         assert found(copied, kv={"dtype": dtype}, device="big") == {}
         assert list(found(copied, own_kv={"dtype": dtype})) == ["models.m.kv.dtype"]
+
+
+def test_a_draft_that_speaks_other_tokens(tmp_path: Path) -> None:
+    other = copy_with_other_tokens(draft_path(), tmp_path / "other")
+    told = found(target_path(), draft={"path": str(other)})
+    assert list(told) == ["models.m.draft.path"]
+    assert "2 of 2,048 token ids differ. A draft must come from the same family" in told["models.m.draft.path"]
+    assert found(target_path(), draft={"path": str(draft_path())}) == {}
+    with pytest.raises(ModelError, match="token ids differ"):
+        check_drafts_tokens(target_path(), other)
+    (other / "tokenizer.json").unlink()
+    check_drafts_tokens(target_path(), other)
+    assert found(target_path(), draft={"method": "ngram"}) == {}
 
 
 def test_weights_that_are_quantised_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

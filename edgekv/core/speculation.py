@@ -1,0 +1,320 @@
+"""How many tokens are worth proposing for each sequence: as many as make the most tokens a second.
+
+Runs in: engine thread; owns: what was measured of proposals and of steps. It has no clock: seconds are told.
+
+A step of n sequences that verifies m proposals computes n + m rows and yields n tokens and one more for each proposal
+that is accepted. With s_i the chance that the first i proposals for a sequence are all accepted, the i-th adds s_i
+tokens; so the proposals of all sequences are taken in the order of their s_i, as many as maximise
+
+    (n + sum of s_i) / (seconds of n + m rows + seconds of proposing the longest)
+
+and none where that is not more than n / (seconds of n rows). Who proposes may find nothing, or stop before; tokens and
+rows count as often as they are proposed. Both sides are measured, not known: an account says what speculation may cost
+to find out.
+
+Who proposes may know better than any mean how likely a token is; `least_chances` says what is worth a row at the rate
+that there is, and what one step more of the draft.
+
+A draft model has to read what it has not seen of a sequence before it can propose for it. That pays if the sequence
+goes on for long enough, which nobody knows. So it is read once the sequence has said so much that the same again would
+save what reading takes: then no more is lost on one that ends there than was there to be gained.
+"""
+
+from collections.abc import Mapping
+
+from edgekv.core.acceptance import Acceptances, Offer
+from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, ProposingCosts, StepCosts, running_mean
+
+# A gain below this is not told from noise, nor from what it takes to look for it.
+_MARGIN = 0.05
+_PROBES = (1, 4, 2, 8)  # the longer ones cost more, and tell of more places
+# Every so many steps some rows more or fewer than what seems best: between what was measured the line may be bent.
+_NUDGED_AFTER = 16
+_NUDGES = (-1, 1, -2, 2)
+# What was chosen holds for some steps of the same sequences, for to work it out takes as long as a small model's row;
+# that nothing pays holds for longer.
+_KEPT_STEPS = 8
+RESTING_STEPS = 16
+# Verifications of which acceptance is known well enough to be held against `min_acceptance`.
+_JUDGED_AFTER = 16.0
+_TRIED_AFTER = 16  # steps: below it they are tried, and no more than that
+
+_FRESH_SHARE = 0.1  # of the latest step in what is told of recent ones
+
+PROBING_SHARE = 0.01
+CREDIT_STEPS = 8.0
+MOST_DEBT_STEPS = 2.0
+READING_SHARE = 0.01
+MOST_READING_STEPS = 512.0
+MOST_READING_DEBT_STEPS = 32.0
+
+
+class Controller:
+    """Chooses how many tokens are proposed.
+
+    What speculation has cost more than it saved for any number of sequences is kept near PROBING_SHARE of their steps
+    and CREDIT_STEPS more, as long as steps of as many rows take as long. So it begins, and when it does not pay, goes
+    on trying now and then. Reading has an account of its own: what was gained, and READING_SHARE of
+    all steps.
+
+    Args:
+        most: the most tokens proposed for a sequence.
+        most_in_all: and for all sequences of a step together; None for no such limit.
+        min_acceptance: with a smaller share of proposals accepted there are none, but for those that try it out.
+    """
+
+    def __init__(self, most: int = 8, *, most_in_all: int | None = None, min_acceptance: float = 0.0) -> None:
+        if most < 1:
+            raise ValueError(f"most is {most}, must be at least 1")
+        self.most = most
+        self.costs = StepCosts()
+        self.rests = False
+        """Whether the latest choice, of nothing, may hold for RESTING_STEPS of as many sequences."""
+        self.pauses = 0
+        self.tokens = 0.0
+        """Proposed for a sequence in recent steps, on average."""
+        self.speedup: float | None = None
+        """Tokens a second of recent steps with proposals against those without; None before any."""
+        self._most_in_all, self._min_acceptance = most_in_all, min_acceptance
+        self.seen = Acceptances(most)
+        self._proposing = ProposingCosts()
+        self._reading_s: float | None = None  # of one token
+        self._accounts: dict[int, float] = {}  # by number of sequences
+        self._reading_steps = CREDIT_STEPS
+        self._num_decodes = 1
+        self._plain: dict[int, PlainSteps] = {}  # by number of sequences
+        self._num_choices = self._num_probes = 0
+        self._is_probing = self._is_on = False
+        self._proposed_s = 0.0
+        self._kept: dict[int, int] = {}
+        self._kept_for: tuple[int, ...] = ()
+        self._kept_steps = 0
+        self._rate_s = 0.0  # tokens a second that the latest choice comes to
+        self._marginal_s = 0.0, 0.0  # seconds of a row more, and of a row with the draft's step for it
+
+    @property
+    def account_steps(self) -> float:
+        """What speculation may still cost for as many sequences as there are, in steps without it.
+
+        While it is negative nothing is proposed.
+        """
+        return self._accounts.get(self._num_decodes, CREDIT_STEPS)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether proposals pay, as far as is known."""
+        return self._is_on
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of recent proposals that were accepted; None before any."""
+        return self.seen.all.share
+
+    def choose(
+        self, most: Mapping[int, int], unread: Mapping[int, int] | None = None, said: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
+        """How many tokens to propose in the next step, by sequence; whoever is not named has none.
+
+        `most`: the most that each of the decoding sequences may have, by id. `unread`: tokens that have to be read
+        first of some of them; `said`: how many these have said themselves.
+        """
+        self._num_decodes = max(1, len(most))
+        self._num_choices += 1
+        self._is_probing = self.rests = False
+        plain_s = self.costs.plain(len(most))
+        plain = self._plain.get(len(most))
+        if plain_s is None or plain is None or plain.is_due:
+            return {}
+        limits = {number: min(left, self.most) for number, left in most.items() if left > 0}
+        is_nudged = self._num_choices % _NUDGED_AFTER == 0
+        is_kept = self._kept_steps > 0 and self.account_steps >= 0 and self._kept_for == tuple(limits)
+        if is_kept and not is_nudged and not unread:
+            self._kept_steps -= 1
+            return {number: min(tokens, limits[number]) for number, tokens in self._kept.items()}
+        worth = dict(limits)
+        for number, tokens in (unread or {}).items():
+            if number in worth and not self._is_worth_reading(number, tokens, (said or {}).get(number, 0), plain_s):
+                del worth[number]
+        chosen = {} if self.account_steps < 0 or self._is_unacceptable else self._best(worth, len(most), plain_s)
+        self._note(bool(chosen), limits)
+        self._kept, self._kept_for = chosen, tuple(limits)
+        self._kept_steps = _KEPT_STEPS if chosen and not is_nudged and not unread else 0
+        may_probe = not self._is_unacceptable or self._num_choices % _TRIED_AFTER == 0
+        if not chosen and self.account_steps >= 0 and may_probe:
+            chosen = self._probe(limits, unread or {}, len(most), plain_s)
+        self.rests = not chosen
+        return chosen
+
+    def observe(self, sequence_id: int, proposed: int, accepted: int) -> None:
+        """Of so many tokens that were verified for a sequence, the first `accepted` were right."""
+        self.seen.observe(sequence_id, proposed, accepted)
+
+    def least_chances(self) -> tuple[float, float]:
+        """How likely a token must be, with all before it, to be worth its row, and for another to be guessed after it.
+
+        What costs no more than this makes the rate of the latest choice no lower: chance / seconds >= tokens / seconds.
+        """
+        if self._is_probing:
+            return 0.0, 0.0
+        row_s, more_s = self._marginal_s
+        return min(1.0, self._rate_s * row_s), min(1.0, self._rate_s * more_s)
+
+    def observe_asking(self, sequence_id: int, wanted: int, proposed: int) -> None:
+        """Who was asked to propose so many tokens for a sequence proposed some or all of them."""
+        self.seen.observe_asking(sequence_id, wanted, proposed)
+
+    def observe_reading(self, tokens: int, seconds: float) -> None:
+        """So many tokens were read, for proposals to come."""
+        known_s = seconds if self._reading_s is None else self._reading_s * tokens
+        self._reading_s = running_mean(self._reading_s, seconds / max(1, tokens))
+        plain_s = self.costs.plain(self._num_decodes)
+        if plain_s:
+            taken_s = min(seconds, MOST_TIMES_MEAN * known_s)
+            self._reading_steps = max(self._reading_steps - taken_s / plain_s, -MOST_READING_DEBT_STEPS)
+
+    def observe_proposing(self, tokens: int, seconds: float) -> None:
+        """Proposing took so long, with at most so many tokens for a sequence."""
+        known_s = self._proposing.of(self._num_decodes, tokens)
+        self._proposing.observe(self._num_decodes, tokens, seconds)
+        self._proposed_s = min(seconds, MOST_TIMES_MEAN * known_s) if known_s else seconds
+
+    def observe_thinking(self, seconds: float) -> None:
+        """It took so long to find that nobody is to be asked."""
+        plain_s = self.costs.plain(self._num_decodes)
+        if plain_s:
+            # Of what comes in while nothing is proposed, some is to be left: else a small model would never try again.
+            self._pay(min(seconds / plain_s, PROBING_SHARE * RESTING_STEPS / 2))
+
+    def observe_step(self, decodes: int, proposed: int, accepted: int, seconds: float) -> None:
+        """A step of so many sequences, without any prompt, verified and accepted so many tokens in so many seconds."""
+        plain_s = self.costs.plain(decodes)
+        plain = self._plain.setdefault(decodes, PlainSteps())
+        self._pay(-PROBING_SHARE)
+        self._reading_steps = min(self._reading_steps + READING_SHARE, MOST_READING_STEPS)
+        self.tokens = _faded(self.tokens, proposed / decodes)
+        proposing_s, self._proposed_s = self._proposed_s, 0.0
+        if plain_s:
+            self._pay(proposing_s / plain_s)
+        if proposed == 0:
+            if plain.observe():
+                self.costs.observe(decodes, decodes, seconds)
+            return
+        plain.interrupt()
+        self._num_probes += self._is_probing
+        taken_s = max(seconds, LEAST_S)
+        if plain_s is not None:
+            taken_s = min(taken_s, MOST_TIMES_MEAN * self.costs.of(decodes, decodes + proposed))
+        self.costs.observe(decodes, decodes + proposed, seconds)
+        if plain_s:
+            gained = 1 + accepted / decodes
+            self._pay(taken_s / plain_s - gained)
+            gain = gained - (taken_s + proposing_s) / plain_s
+            self._reading_steps = min(self._reading_steps + max(0.0, gain), MOST_READING_STEPS)
+            self.speedup = _faded(self.speedup, gained * plain_s / (taken_s + proposing_s))
+
+    def observe_other_step(self) -> None:
+        """A step with prompts in it: what was proposed for it cannot be compared with anything."""
+        self._proposed_s = 0.0
+
+    def observe_alone(self, decodes: int, seconds: float) -> None:
+        """A step without proposals took so long because it did not overlap with another, in case there were some."""
+        plain_s = self.costs.plain(decodes)
+        if plain_s:
+            lost_s = max(0.0, min(seconds, MOST_TIMES_MEAN * plain_s) - plain_s)
+            self._pay((self._proposed_s + lost_s) / plain_s - PROBING_SHARE)
+        self._proposed_s = 0.0
+
+    def is_in_debt(self, decodes: int) -> bool:
+        """Whether for so many sequences there is nothing to choose at present, so that nobody needs to think."""
+        return self._accounts.get(decodes, CREDIT_STEPS) < 0
+
+    def observe_rest(self, decodes: int, steps: int) -> None:
+        """So many steps of which nothing else is told, without proposals, went by."""
+        self._num_decodes = max(1, decodes)
+        self._pay(-PROBING_SHARE * steps)
+        self._reading_steps = min(self._reading_steps + READING_SHARE * steps, MOST_READING_STEPS)
+
+    def forget(self, sequence_id: int) -> None:
+        """The sequence has ended."""
+        self.seen.forget(sequence_id)
+
+    @property
+    def _is_unacceptable(self) -> bool:
+        # Of the first proposals: later ones are accepted less often, and it is for the rate to say how many there are.
+        return self.seen.all.weight >= _JUDGED_AFTER and self.seen.all.each([1.0])[0] < self._min_acceptance
+
+    def _note(self, pays: bool, limits: Mapping[int, int]) -> None:
+        if limits:
+            self.pauses += self._is_on and not pays
+            self._is_on = pays
+
+    def _is_worth_reading(self, number: int, unread: int, said: int, plain_s: float) -> bool:
+        if self._reading_steps < 0:
+            return False
+        decodes = self._num_decodes
+        _, rate = self._rate({number: self.most}, decodes, plain_s)
+        saved_s = said * plain_s * (1 - decodes / plain_s / rate) / decodes
+        return saved_s >= unread * (self._reading_s or 0.0)
+
+    def _best(self, limits: Mapping[int, int], decodes: int, plain_s: float) -> dict[int, int]:
+        offers, self._rate_s = self._rate(limits, decodes, plain_s)
+        rows = min(self.most, self._most_rows(decodes))
+        row_s = max(0.0, self.costs.of(decodes, decodes + rows) - plain_s) / max(1, rows)
+        self._marginal_s = row_s, row_s + self._proposing.more(decodes) / decodes
+        if offers and self._num_choices % _NUDGED_AFTER == 0:
+            every = self.seen.offers(limits)
+            rows = len(offers) + _NUDGES[self._num_choices // _NUDGED_AFTER % len(_NUDGES)]
+            offers = every[: min(max(1, rows), self._most_rows(decodes))]
+        chosen: dict[int, int] = {}
+        for _, place, number, _ in offers:
+            chosen[number] = max(place, chosen.get(number, 0))
+        return chosen
+
+    def _rate(self, limits: Mapping[int, int], decodes: int, plain_s: float) -> tuple[list[Offer], float]:
+        """The offers that make the most tokens a second, and how many that is."""
+        offers = self.seen.offers(limits)[: self._most_rows(decodes)]
+        best_rate, best_rows = decodes / plain_s * (1 + _MARGIN), 0
+        tokens, expected, longest = float(decodes), 0.0, 0.0
+        guessed = dict.fromkeys(limits, 1.0)  # tokens guessed for each, on average; the first is in any case
+        for rows, (minus_chance, _, number, reached) in enumerate(offers, 1):
+            tokens -= minus_chance
+            expected += reached
+            longest = max(longest, guessed[number])
+            guessed[number] += reached
+            more_s = (self.costs.of(decodes, decodes + rows) - plain_s) * expected / rows
+            rate = tokens / (plain_s + more_s + self._proposing.of(decodes, longest))
+            if rate > best_rate:
+                best_rate, best_rows = rate, rows
+        return offers[:best_rows], best_rate if best_rows else decodes / plain_s
+
+    def _probe(
+        self, limits: Mapping[int, int], unread: Mapping[int, int], decodes: int, plain_s: float
+    ) -> dict[int, int]:
+        """Some tokens for one of the sequences after another, if that may cost what it will; of what is read, first."""
+        if not limits:
+            return {}
+        known = [number for number in limits if not unread.get(number)]
+        if not known:
+            number = min(limits, key=lambda each: unread[each])
+            reading_steps = unread[number] * (self._reading_s or 0.0) / plain_s
+            return {number: 1} if reading_steps <= self._reading_steps else {}
+        number = known[self._num_choices % len(known)]
+        tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self._most_rows(decodes))
+        extra_s = self.costs.of(decodes, decodes + tokens) + self._proposing.of(decodes, tokens) - plain_s
+        if extra_s > self.account_steps * plain_s:
+            return {}
+        self._is_probing = True
+        return {number: tokens}
+
+    def _most_rows(self, decodes: int) -> int:
+        """How many rows more than that may be tried: a step is at most twice as large as any that was measured."""
+        rows = 2 * self.costs.most_rows(decodes) - decodes
+        return rows if self._most_in_all is None else min(rows, self._most_in_all)
+
+    def _pay(self, steps: float) -> None:
+        # A credit without bounds would let it lose for hours what it once gained, and a debt without, pause for hours.
+        self._accounts[self._num_decodes] = min(max(self.account_steps - steps, -MOST_DEBT_STEPS), CREDIT_STEPS)
+
+
+def _faded(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _FRESH_SHARE * (value - mean)
