@@ -20,7 +20,7 @@ from edgekv.model.stored import StoredTensor
 from edgekv.model.weight_names import weight_names
 from edgekv.model.weight_table import TableEntry, WeightTable
 
-LIMITS = CardLimits(step_tokens=512, sequences=16, context_blocks=512)
+LIMITS = CardLimits(step_tokens=512, sequences=16, context_blocks=512, proposed=16)
 COMPUTE_UNITS = (32, 60, 96)  # RX 7600 and 9060, RX 7800 XT and 9070, RX 7900 XTX
 
 

@@ -37,7 +37,7 @@ def measure_launches(bench: Bench) -> Iterator[Row]:
     samples = Times(tuple(within.seconds() / count for _ in range(bench.sizes.rounds[0])))
     note = "" if within.captured else "could not be captured"
     yield Row(f"a launch within a graph of {count}, on the card", samples, note=note)
-    graph = card.capture(many)
+    graph = card.capture(many, card)
     yield Row(f"putting a graph of {count} on the stream, on the host", _on_host(bench, graph.replay, 5))
 
 

@@ -211,9 +211,9 @@ class WatchedCard:
         """Everything else is the card's own."""
         return getattr(self._rig.card, name)
 
-    def capture(self, run: Run) -> "_WatchedGraph":
+    def capture(self, run: Run, owner: object) -> "_WatchedGraph":
         """As the card does."""
-        return _WatchedGraph(self._rig.card.capture(run), self._rig, self.spans)
+        return _WatchedGraph(self._rig.card.capture(run, owner), self._rig, self.spans)
 
     def graph_times(self) -> Times:
         """Seconds of each graph that ran."""

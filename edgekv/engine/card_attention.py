@@ -1,8 +1,13 @@
 """Attention within a program: positions, keys and values into the cache, and what queries see of it.
 
     decode, 16 bits or 32    decode_split, and lse_merge where contexts are cut
-    ragged, 16 bits          decode_split for the sequences of one token, then prefill_paged for chunks
+    ragged, 16 bits          decode_split for decodes, then prefill_paged for chunks of prompts
     ragged, float32          decode_split, with a query of its own for each token: exact, not quick
+
+The rows of a chunk that verifies proposals are decodes, in a ragged batch too, each with a context one longer than that
+of the row before. So their results are those of decodes beside which nothing is verified; and their contexts are cut
+into parts for the whole card, which prefill_paged does not do: one thread block of it would walk all of a long context.
+Keys and values of all rows are in the cache before the first row attends: appending is a launch before.
 
 Runs in: engine thread; owns: nothing.
 """
@@ -41,6 +46,7 @@ class CardAttention:
         block_table: Tensor,
         *,
         rows: int,
+        sampled: int,
         is_decode: bool,
     ) -> None:
         self._actions, self._model, self._cache, self._buffers = actions, model, cache, buffers
@@ -53,8 +59,8 @@ class CardAttention:
         self._is_wide = is_wide(buffers.dtype, cache)
         # What matrix units do not multiply becomes float16 for them.
         self._operands = buffers.dtype if card.has_bf16_units else torch.float16
-        # In a ragged batch the sequences of one token come first, and there are no more than sequences in all.
-        self._decodes = rows if is_decode or self._is_wide else min(rows, limits.sequences)
+        # In a ragged batch decodes come first, and there are no more than rows that are sampled.
+        self._decodes = rows if is_decode or self._is_wide else min(rows, sampled)
         self._parts: Parts | None = None
         slots = splits_of(card, cache).most_parts(self._decodes, limits.context_blocks)
         if slots > self._decodes and (is_decode or not self._is_wide):

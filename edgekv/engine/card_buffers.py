@@ -23,9 +23,7 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
 class StepBuffers:
     """Raw bytes by name, and what kernels want to see in them."""
 
-    def __init__(
-        self, card: Card, spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype: DtypeName
-    ) -> None:
+    def __init__(self, card: Card, spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype: DtypeName) -> None:
         """Raises MemoryError, or torch's like."""
         sizes = buffer_bytes(spec, limits, facts, dtype)
         self.num_bytes = total_bytes(sizes.values())

@@ -34,8 +34,8 @@ class StepCuts:
         self._windows: tuple[int | None, ...] = (None, max(windows)) if windows else (None,)
 
     def write(self, staging: Staging) -> None:
-        """Of what is there already: contexts of queries that are their sequences' only ones, and chunks."""
-        contexts = staging.contexts[: len(staging.begins)]
+        """Of what is there already: contexts of queries that decode_split attends to, and chunks."""
+        contexts = staging.contexts[: staging.cuts.shape[1] - 2]
         for window in self._windows:
             self._splits.cut(contexts, staging.cuts[cut_number(window)], window=window)
         prefill_paged.count_tiles(staging.lengths, self._group, staging.tiles)

@@ -7,6 +7,7 @@ kernels run on fibers of the host.
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -80,8 +81,11 @@ class Card(Protocol):
     def call(self, function: Callable[[], object]) -> None:
         """Have torch put something on the stream."""
 
-    def capture(self, run: Callable[[], None]) -> Graph:
-        """What `run` puts on the stream, captured instead of run. Raises torch.OutOfMemoryError or MemoryError."""
+    def capture(self, run: Callable[[], None], owner: object) -> Graph:
+        """What `run` puts on the stream, captured instead of run. Raises torch.OutOfMemoryError or MemoryError.
+
+        What one `owner` has captured may share memory; it lives as long as its graphs.
+        """
 
     def compile(self, specs: tuple[KernelSpec, ...], progress: Callable[[int, int], None]) -> None:
         """Have the kernels' code at hand, so that loading them takes no time.
@@ -112,8 +116,7 @@ class TorchCard:
         kind: DriverKind = "hip" if torch.version.hip else "cuda"
         self.compute_units = _COMPUTE_UNITS[kind] * multiprocessors
         self.decode_blocks = _DECODE_BLOCKS[kind] * multiprocessors
-        self._graph_pool = torch.cuda.graph_pool_handle()
-        self._graph_stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captures: WeakKeyDictionary[object, tuple[Any, torch.cuda.Stream]] = WeakKeyDictionary()
         self._has_wide_products = _has_wide_products(device)
         major = None if torch.version.cuda is None else int(torch.version.cuda.split(".")[0])
         self.loader: Loader = open_loader(kind, self.target, torch_folders(), major=major)
@@ -145,16 +148,18 @@ class TorchCard:
         """Now."""
         function()
 
-    def capture(self, run: Callable[[], None]) -> Graph:
-        """By torch, on a stream of its own: `stream` is that one meanwhile."""
+    def capture(self, run: Callable[[], None], owner: object) -> Graph:
+        """By torch, on a stream of the owner's: `stream` is that one meanwhile."""
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # They run one at a time, so that what torch allocates within them can be the same memory for all. The stream
-        # is this card's own: torch's usual one is shared by all graphs of a process, and with it a workspace that goes
-        # when the first of them does.
-        with torch.cuda.graph(
-            graph, pool=self._graph_pool, stream=self._graph_stream, capture_error_mode="thread_local"
-        ):
+        # They run one at a time, so that what torch allocates within them can be the same memory for all of an owner.
+        # So is the stream: with the first of a stream's graphs goes the workspace that libraries have for that stream,
+        # and those of a model that stays must keep theirs when another one's go.
+        if owner not in self._captures:
+            stream: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._captures[owner] = torch.cuda.graph_pool_handle(), stream
+        pool, stream = self._captures[owner]
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             run()
         return graph
 

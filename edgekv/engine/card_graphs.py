@@ -34,7 +34,7 @@ class Graphs:
         """
         before = self._card.free_bytes()
         try:
-            graph = told_as_torch(lambda: self._card.capture(run))
+            graph = told_as_torch(lambda: self._card.capture(run, self))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -1,7 +1,8 @@
 """What a step is told: numbers of all its rows, packed in main memory and copied to the card at once.
 
     ids src positions rows contexts         of each token of the batch
-    begins lengths totals samples           of each row of the block tables (begins, lengths, totals) or sampled row
+    begins lengths totals                   of each row of the block tables
+    samples                                 of each sampled row
     cuts tiles                              how attention is shared out among thread blocks: see `card_cuts`
     spans                                   new entries of block tables, copied on to where they belong
 
@@ -19,10 +20,8 @@ from edgekv.engine.card_buffers import StepBuffers
 from edgekv.engine.card_device import Card, Event
 from edgekv.model.card_memory import CUTS, CardLimits, input_words
 
-_RING = 3  # the step that runs, the one that is in flight behind it, and the one that is being written
-
 _TOKENS = ("ids", "sources", "positions", "rows", "contexts")
-_SEQUENCES = ("begins", "lengths", "totals", "samples")
+_SEQUENCES = ("begins", "lengths", "totals")
 
 Words = NDArray[np.int32]
 
@@ -34,8 +33,8 @@ class StepInputs:
     `sources`: where in `StepBuffers.told` the token id of each row is: among `ids`, or among the tokens that the step
     before has chosen. `rows`: of each token in the block tables. `contexts`: tokens that a row sees with itself.
     `begins`, `lengths`, `totals` [rows of the block tables]: a prompt's chunk in the batch, and its context with it;
-    length 0 where there is none. `samples` [sampled rows]: which rows of the batch those are. `cuts` [CUTS,
-    sequences + 2]: see kernels/attn/splits.py; `tiles` [sequences + 1]: see kernels/attn/prefill_paged.py.
+    length 0 where there is none. `samples` [sampled rows]: which rows of the batch those are. `cuts` [CUTS, sampled
+    rows + 2]: see kernels/attn/splits.py; `tiles` [sequences + 1]: see kernels/attn/prefill_paged.py.
     """
 
     ids: Tensor
@@ -54,11 +53,12 @@ class StepInputs:
 def lay_out(words: Tensor, limits: CardLimits) -> StepInputs:
     """Views of the inputs' memory."""
     pieces, first = {}, 0
-    for names, size in ((_TOKENS, limits.step_tokens), (_SEQUENCES, limits.sequences)):
+    sizes = ((_TOKENS, limits.step_tokens), (_SEQUENCES, limits.sequences), (("samples",), limits.sampled))
+    for names, size in sizes:
         for name in names:
             pieces[name] = words[first : first + size]
             first += size
-    pieces["cuts"] = words[first : (first := first + CUTS * (limits.sequences + 2))].view(CUTS, -1)
+    pieces["cuts"] = words[first : (first := first + CUTS * (limits.sampled + 2))].view(CUTS, -1)
     pieces["tiles"] = words[first : first + limits.sequences + 1]
     return StepInputs(**pieces)
 
@@ -110,14 +110,14 @@ class Staging:
 
 
 class StagingRing:
-    """Places to write the next step's inputs in."""
+    """Places to write the next step's inputs in: of the `in_flight` steps that may be under way, and one to write."""
 
-    def __init__(self, card: Card, limits: CardLimits) -> None:
-        self._places = [Staging(card, limits) for _ in range(_RING)]
+    def __init__(self, card: Card, limits: CardLimits, in_flight: int) -> None:
+        self._places = [Staging(card, limits) for _ in range(in_flight + 1)]
         self._next = 0
 
     def take(self) -> Staging:
-        """An empty one; waits for the step before the one in flight at most."""
+        """An empty one; waits where more steps are under way than there are to be."""
         place = self._places[self._next]
         self._next = (self._next + 1) % len(self._places)
         place.begin()
@@ -127,8 +127,9 @@ class StagingRing:
 class BlockTables:
     """Block tables of the sequences that run, each in a row of its own on the card, kept from step to step.
 
-    A row is written anew where its sequence is another one, was preempted meanwhile, or was moved with a segment; else
-    its table has only grown, and what is new is written behind the old.
+    Mostly a table has only grown, and what is new is written behind the old. It has other blocks where its sequence was
+    preempted or moved with a segment, or where blocks that only held proposals were taken back and came from elsewhere
+    the next time.
     """
 
     def __init__(self, buffers: StepBuffers) -> None:
@@ -139,38 +140,36 @@ class BlockTables:
         self._rows: dict[int, _Row] = {}
         self._spans: list[tuple[int, int, int, int]] = []
 
-    def assign(self, sequences: list[tuple[int, int, tuple[int, ...]]], generation: int, staging: Staging) -> list[int]:
-        """The row of each sequence of a step, (arrival, number of preemptions, block table) each.
+    def assign(self, sequences: list[tuple[int, tuple[int, ...]]], staging: Staging) -> list[int]:
+        """The row of each sequence of a step, (arrival, block table) each.
 
-        The arrival tells sequences apart for as long as there is a scheduler; ids come again.
-
-        `generation` is the pool's. Entries that the card does not have yet go to `staging`, and to their rows by
-        `write`. Raises ValueError for a table that is longer than a row.
+        The arrival tells sequences apart for as long as there is a scheduler; ids come again. Entries that the card
+        does not have yet go to `staging`, and to their rows by `write`. Raises ValueError for a table that is longer
+        than a row.
         """
         self._spans.clear()
-        wanted = {arrival for arrival, _, _ in sequences}
+        wanted = {arrival for arrival, _ in sequences}
         for gone in [each for each in self._rows if each not in wanted]:
             self._free.append(self._rows.pop(gone).number)
         numbers = []
-        for arrival, preemptions, table in sequences:
+        for arrival, table in sequences:
             row = self._rows.get(arrival)
             if row is None:
                 row = self._rows[arrival] = _Row(self._free.pop())
-            if (row.generation, row.preemptions) != (generation, preemptions) or len(table) < row.length:
-                row.length = 0
             if len(table) > self.table.shape[1]:
                 raise ValueError(f"a block table of {len(table)} entries is longer than a row of {self.table.shape[1]}")
-            if len(table) > row.length:
-                first = staging.add_span(table[row.length :])
-                self._spans.append((row.number, row.length, len(table), first))
-            row.generation, row.preemptions, row.length = generation, preemptions, len(table)
+            known = _num_alike(row.entries, table)
+            if len(table) > known:
+                first = staging.add_span(table[known:])
+                self._spans.append((row.number, known, len(table), first))
+            row.entries = table
             numbers.append(row.number)
         return numbers
 
     def forget(self) -> None:
         """Write every row anew from the next step on."""
         for row in self._rows.values():
-            row.length = 0
+            row.entries = ()
 
     def write(self) -> None:
         """Put what was sent into the rows, on the stream."""
@@ -181,6 +180,12 @@ class BlockTables:
 @dataclass(slots=True)
 class _Row:
     number: int
-    generation: int = -1
-    preemptions: int = -1
-    length: int = 0
+    entries: tuple[int, ...] = ()  # that the card has
+
+
+def _num_alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many entries they begin with alike."""
+    if other[: len(one)] == one:
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (mine, its) in pairs if mine != its), min(len(one), len(other)))

@@ -51,9 +51,7 @@ class Linear:
         """The activations that the next product reads are others than before."""
         self._prepared = None
 
-    def add(
-        self, matrix: CardMatrix, x: Tensor, out: Tensor, epilogue: Epilogue, bias: CardBias | None
-    ) -> None:
+    def add(self, matrix: CardMatrix, x: Tensor, out: Tensor, epilogue: Epilogue, bias: CardBias | None) -> None:
         """To `out` goes epilogue(x · matrixᵀ + bias); x [rows, cols], out [rows, outputs]."""
         first = 0
         for part in matrix.parts:

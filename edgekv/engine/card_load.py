@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.core.capacity import DraftPlan, DtypeChoice, MemoryPlan
 from edgekv.engine.card_buffers import StepBuffers
 from edgekv.engine.card_device import Card, TorchCard
 from edgekv.engine.card_model import CardModel
@@ -89,14 +89,16 @@ def load_card_runner(
     settings: EngineSettings,
     spec: ModelSpec,
     choice: DtypeChoice,
-    memory: MemoryPlan,
+    memory: MemoryPlan | DraftPlan,
     card: Card,
     progress: Progress,
+    *,
+    in_flight: int = 2,
 ) -> tuple[CardKVPool, CardRunner]:
     """The model with an empty pool, every kernel compiled and loaded.
 
-    Raises ModelError naming the file and the tensor; KernelUnavailable, CompileFailed or DriverError for a kernel that
-    cannot be had; the device's out of memory.
+    Up to `in_flight` steps may be begun and not read. Raises ModelError naming the file and the tensor;
+    KernelUnavailable, CompileFailed or DriverError for a kernel that cannot be had; the device's out of memory.
     """
     lowered = load_on_card(
         settings.folder,
@@ -116,6 +118,6 @@ def load_card_runner(
         segment_blocks=memory.kv.segment_blocks,
         table=buffers.view("segment_table", MOST_SEGMENTS, dtype=torch.int64),
     )
-    runner = CardRunner(card, model, pool, buffers)
+    runner = CardRunner(card, model, pool, buffers, in_flight=in_flight)
     told_as_torch(lambda: runner.load_kernels(lambda done, total: progress(done, total, STAGE)))
     return pool, runner

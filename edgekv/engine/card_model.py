@@ -41,9 +41,7 @@ class CardRope:
 class CardModel:
     """What programs are made of."""
 
-    def __init__(
-        self, lowered: LoweredModel[CardMatrix], dtype: DtypeName, allocate: Allocate
-    ) -> None:
+    def __init__(self, lowered: LoweredModel[CardMatrix], dtype: DtypeName, allocate: Allocate) -> None:
         """Raises MemoryError, or torch's like."""
         self.spec: ModelSpec = lowered.spec
         self.dtype = dtype

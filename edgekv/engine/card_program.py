@@ -1,8 +1,8 @@
 """A model's step for one shape of batch, as launches on buffers that stay: run as it is, or captured in a graph.
 
-A **decode** program has one row for each sequence, and each is sampled. A **ragged** one has the chunks of prompts too;
-only the rows that are sampled pass the last layer's MLP and the head. Both are made for a number of rows, and steps
-with fewer are filled up with rows that are nobody's (position -1).
+In a **decode** program every row is sampled: a sequence has one, and one more for each proposal that is verified. A
+**ragged** one has the chunks of prompts too; only the rows that are sampled pass the last layer's MLP and the head.
+Both are made for a number of rows, and steps with fewer are filled up with rows that are nobody's (position -1).
 
 Runs in: engine thread; owns: nothing.
 """
@@ -39,17 +39,21 @@ class Program:
         block_table: Tensor,
         *,
         rows: int,
+        sampled: int,
         is_decode: bool,
     ) -> None:
-        """Raises ValueError for shapes that the kernels do not have."""
+        """Of the `rows` up to `sampled` are sampled: all, in a decode program.
+
+        Raises ValueError for shapes that the kernels do not have.
+        """
         self._model, self._buffers, self._inputs = model, buffers, inputs
-        self._rows, self._is_decode = rows, is_decode
-        self._sampled = rows if is_decode else buffers.limits.sequences
+        self._rows, self._sampled, self._is_decode = rows, sampled, is_decode
         self.actions = Actions(card)
         self._linear = Linear(card, self.actions, buffers)
         self._attention = CardAttention(
-            card, self.actions, model, cache, buffers, inputs, block_table, rows=rows, is_decode=is_decode
-        )
+            card, self.actions, model, cache, buffers, inputs, block_table,
+            rows=rows, sampled=sampled, is_decode=is_decode,
+        )  # fmt: skip
         spec = model.spec
         self._residual = buffers.view("residual", rows, spec.hidden_size)
         self._normed = buffers.view("normed", rows, spec.hidden_size)
@@ -87,9 +91,7 @@ class Program:
         source = self._slot(Slot(op.src), rows)
         out = self._buffers.view("normed", rows, op.width)
         assert operation.weight is not None
-        self.actions.launch(
-            rmsnorm.prepare(source, operation.weight, out, eps=op.eps, rounds_first=not self._is_gemma)
-        )
+        self.actions.launch(rmsnorm.prepare(source, operation.weight, out, eps=op.eps, rounds_first=not self._is_gemma))
         self._reads(out)
 
     def _norm_add(self, operation: CardOperation) -> None:

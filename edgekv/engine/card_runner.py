@@ -5,6 +5,7 @@ Runs in: engine thread; owns: the step's buffers, the programs and their graphs.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TypeVar
 
 import numpy as np
@@ -34,20 +35,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CardStep:
-    """A step that was put on the stream; `rows` are its sequences' places among the chosen tokens, by arrival."""
+    """A step that was put on the stream; `rows`: where among the chosen tokens each sequence's last is, by arrival."""
 
     landing: Landing
+    use: int
     rows: dict[int, int]
 
     def result(self, without: Collection[int] = ()) -> list[Sampled]:
         """See `engine.protocols.Pending`."""
+        assert self.use == self.landing.uses, "more steps were begun behind it than may be in flight"
         return told_as_torch(lambda: self.landing.result(without))
 
 
 class CardRunner:
-    """One model over one pool on one card."""
+    """One model over one pool on one card; up to `in_flight` of its steps may be begun and not read."""
 
-    def __init__(self, card: Card, model: CardModel, pool: CardKVPool, buffers: StepBuffers) -> None:
+    def __init__(
+        self, card: Card, model: CardModel, pool: CardKVPool, buffers: StepBuffers, *, in_flight: int = 2
+    ) -> None:
         """Raises ValueError if the pool was made for another shape of model, or for shapes without kernels."""
         spec = model.spec
         wanted = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
@@ -57,11 +62,11 @@ class CardRunner:
         self._card, self._model, self._pool, self._buffers = card, model, pool, buffers
         self._limits: CardLimits = buffers.limits
         self._inputs = lay_out(buffers.inputs, self._limits)
-        self._ring = StagingRing(card, self._limits)
+        self._ring = StagingRing(card, self._limits, in_flight)
         self._tables = BlockTables(buffers)
         self._cuts = StepCuts(card, spec, pool.cache)
-        self._sampler = CardSampler(card, buffers, spec.vocab_size)
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._sampler = CardSampler(card, buffers, spec.vocab_size, in_flight)
+        self._programs: dict[tuple[int, int, bool], Program] = {}
         self.graphs = Graphs(card)
 
     @property
@@ -97,8 +102,13 @@ class CardRunner:
 
     def kernels(self) -> tuple[KernelSpec, ...]:
         """All that any step needs, each once."""
-        programs = [self._program(size, is_decode=True) for size in self._limits.decode_sizes]
-        programs += [self._program(size, is_decode=False) for size in self._limits.ragged_sizes]
+        limits = self._limits
+        programs = [self._program(size, size, is_decode=True) for size in limits.decode_sizes]
+        programs += [
+            self._program(size, sampled, is_decode=False)
+            for size in limits.ragged_sizes
+            for sampled in limits.sampled_sizes
+        ]
         return tuple(dict.fromkeys(prepared.spec for program in programs for prepared in program.actions.prepared))
 
     @torch.inference_mode()
@@ -108,13 +118,13 @@ class CardRunner:
         sizes = self._limits.decode_sizes[::-1]
         for done, rows in enumerate(sizes):
             progress(done, len(sizes))
-            program = self._program(rows, is_decode=True)
+            program = self._program(rows, rows, is_decode=True)
             told_as_torch(program.actions.run)  # what is loaded at first use must not come within a capture
             if not self.graphs.capture(rows, program.actions.run, room_bytes):
                 return
 
     def forward(self, plan: StepPlan) -> Tensor:
-        """Apply the plan's copies, then run its chunks; logits [chunks that sample, vocab_size] float32, in order.
+        """Apply the plan's copies, then run its chunks; logits [rows sampled, vocab_size] float32, in order.
 
         Valid until the next step. Raises ValueError naming the sequence, before anything is copied or computed, if a
         chunk's tokens or blocks are not of this model and pool.
@@ -129,10 +139,11 @@ class CardRunner:
 
     @torch.inference_mode()
     def _begin(self, plan: StepPlan, rows: Sequence[SampleRow], after: CardStep | None) -> CardStep:
-        arrivals = [chunk.sequence.arrival for chunk in plan.sampling]
+        arrivals = [chunk.sequence.arrival for chunk in plan.sampling for _ in range(chunk.sampled)]
         self._sampler.tell(rows, arrivals)
         self._forward(plan, after)
-        return CardStep(self._sampler.land(rows), {arrival: row for row, arrival in enumerate(arrivals)})
+        landing = self._sampler.land(rows)
+        return CardStep(landing, landing.uses, {arrival: row for row, arrival in enumerate(arrivals)})
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan, after: CardStep | None) -> Tensor:
@@ -141,16 +152,18 @@ class CardRunner:
             self._pool.copy(plan.copies)
             return torch.empty(0, vocab_size, device=self._card.device)
         batch = build_batch(_known(plan.chunks), self._pool, vocab_size)
+        tokens, sampled, alone = len(batch.token_ids), len(batch.sample_rows), _rows_alone(plan.chunks)
+        is_decode, limits = sampled == tokens, self._limits
+        size = _least(limits.decode_sizes if is_decode else limits.ragged_sizes, tokens)
+        most = size if is_decode else _least(limits.sampled_sizes, max(sampled, alone))
+        if size is None or most is None or len(plan.chunks) > limits.sequences:
+            what = f"{tokens} tokens of {len(plan.chunks)} sequences, {sampled} of them sampled,"
+            raise ValueError(f"a step of {what} is larger than any planned")
         self._pool.copy(plan.copies)
-        tokens, is_decode = len(batch.token_ids), _is_decode(plan.chunks)
-        sizes = self._limits.decode_sizes if is_decode else self._limits.ragged_sizes
-        size = next((each for each in sizes if each >= tokens), None)
-        if size is None or len(plan.chunks) > self._limits.sequences:
-            raise ValueError(f"a step of {tokens} tokens of {len(plan.chunks)} sequences is larger than any planned")
-        program = self._program(size, is_decode=is_decode)
+        program = self._program(size, most, is_decode=is_decode)
         place = self._ring.take()
         try:
-            self._write(place, plan.chunks, batch, after, is_decode=is_decode)
+            self._write(place, plan.chunks, batch, after, alone=alone)
             place.send(self._buffers.inputs)
             self._tables.write()
         except BaseException:
@@ -161,14 +174,10 @@ class CardRunner:
         return program.logits[: len(batch.sample_rows)]
 
     def _write(
-        self, place: Staging, chunks: Sequence[Chunk], batch: StepBatch, after: CardStep | None, *, is_decode: bool
+        self, place: Staging, chunks: Sequence[Chunk], batch: StepBatch, after: CardStep | None, *, alone: int
     ) -> None:
         tokens, ragged = len(batch.token_ids), batch.ragged
-        numbers = self._tables.assign(
-            [(chunk.sequence.arrival, chunk.sequence.num_preemptions, chunk.block_table) for chunk in chunks],
-            self._pool.generation,
-            place,
-        )
+        numbers = self._tables.assign([(chunk.sequence.arrival, chunk.block_table) for chunk in chunks], place)
         place.ids[:tokens] = batch.token_ids
         place.sources[:] = self._buffers.inputs_at
         place.sources[:tokens] += np.arange(tokens, dtype=np.int32)
@@ -179,37 +188,44 @@ class CardRunner:
             if chunk.token_ids[0] == UNKNOWN:
                 assert after is not None, "a token is not known, and no step before it is to choose it"
                 place.sources[first_rows[index]] = self._sampler.tokens_at + after.rows[chunk.sequence.arrival]
-        if is_decode or is_wide(self._buffers.dtype, self._pool.cache):
+        if is_wide(self._buffers.dtype, self._pool.cache):
             place.contexts[:tokens] = batch.positions + 1
         else:
-            alone = next((i for i, chunk in enumerate(chunks) if len(chunk.token_ids) > 1), len(chunks))
             place.contexts[:alone] = batch.positions[:alone] + 1
-            for index in range(alone, len(chunks)):
+            for index in np.flatnonzero(first_rows >= alone).tolist():
                 row = numbers[index]
                 place.begins[row], place.lengths[row] = first_rows[index], ragged.lengths[index]
                 place.totals[row] = ragged.ends[index]
         self._cuts.write(place)
-        if not is_decode:
-            place.samples[: len(batch.sample_rows)] = batch.sample_rows
+        place.samples[: len(batch.sample_rows)] = batch.sample_rows
 
-    def _program(self, rows: int, *, is_decode: bool) -> Program:
-        key = rows, is_decode
+    def _program(self, rows: int, sampled: int, *, is_decode: bool) -> Program:
+        key = rows, sampled, is_decode
         if key not in self._programs:
             program = self._programs[key] = Program(
                 self._card, self._model, self._pool.cache, self._buffers, self._inputs, self._tables.table,
-                rows=rows, is_decode=is_decode,
+                rows=rows, sampled=sampled, is_decode=is_decode,
             )  # fmt: skip
             for prepared in self._sampler.prepare(program.logits):
                 program.actions.launch(prepared)
         return self._programs[key]
 
 
-def _is_decode(chunks: Sequence[Chunk]) -> bool:
-    return all(chunk.samples and len(chunk.token_ids) == 1 for chunk in chunks)
+def _rows_alone(chunks: Sequence[Chunk]) -> int:
+    """Rows of the first chunks which are attended to as decodes: of those that are sampled, and of single tokens."""
+    first = takewhile(lambda chunk: len(chunk.token_ids) <= max(1, chunk.sampled), chunks)
+    return sum(len(chunk.token_ids) for chunk in first)
+
+
+def _least(sizes: tuple[int, ...], wanted: int) -> int | None:
+    return next((size for size in sizes if size >= wanted), None)
 
 
 def _known(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
     """With 0 for tokens that the card takes from the step before."""
     if all(chunk.token_ids[0] != UNKNOWN for chunk in chunks):
         return chunks
-    return tuple(replace(chunk, token_ids=(0,)) if chunk.token_ids[0] == UNKNOWN else chunk for chunk in chunks)
+    return tuple(
+        replace(chunk, token_ids=(0, *chunk.token_ids[1:])) if chunk.token_ids[0] == UNKNOWN else chunk
+        for chunk in chunks
+    )

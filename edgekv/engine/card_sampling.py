@@ -22,19 +22,22 @@ from edgekv.kernels.fused.sample import SampleRoom, fill_counts
 from edgekv.kernels.fused.sample_rows import RowSettings, SampleRows, pack_rows
 from edgekv.model.card_memory import MOST_EDITS, MOST_LOGPROBS, SETTINGS_BYTES
 
-_RING = 3
-
 
 class CardSampler:
     """Adds the choice of tokens to programs, tells the card each row's settings, and brings the tokens back.
 
     The card counts on by itself what a settled batch needs from step to step (the number of a token, the counts of what
     was drawn), so that settings are sent only when the batch has changed.
+
+    Where proposals are verified, a sequence has several rows, one behind the other. With penalties the first has the
+    sequence's own counts. Each other one has counts of its own for that step, with the proposals before it, and none of
+    what is drawn in the rows beside it, which may be other tokens.
     """
 
-    def __init__(self, card: Card, buffers: StepBuffers, vocab_size: int) -> None:
+    def __init__(self, card: Card, buffers: StepBuffers, vocab_size: int, in_flight: int) -> None:
+        """`in_flight`: steps that may be begun and not read."""
         self._vocab_size = vocab_size
-        rows = self._num_rows = buffers.limits.sequences
+        rows = self._num_rows = buffers.limits.sampled
         self._words = buffers.results
         self._room = _room(buffers, rows, vocab_size)
         self._rows = SampleRows(
@@ -47,7 +50,7 @@ class CardSampler:
         """Where in `StepBuffers.told` the chosen tokens are."""
         self._expected: list[tuple[int, int]] = []
         self._counted: dict[int, _Counted] = {}
-        self._landings = [Landing(card, len(self._words), rows) for _ in range(_RING)]
+        self._landings = [Landing(card, len(self._words), rows) for _ in range(in_flight + 1)]
         self._next = 0
 
     def prepare(self, logits: Tensor) -> list[Prepared]:
@@ -55,23 +58,28 @@ class CardSampler:
         return sample.prepare(logits, self._rows, self._room, self._counts)
 
     def tell(self, rows: Sequence[SampleRow], arrivals: Sequence[int]) -> None:
-        """The settings of the next step's rows, whose sequences came in as `arrivals`.
+        """The settings of the next step's rows, whose sequences came in as `arrivals`: a sequence's are neighbours.
 
         Raises ValueError for settings that make no sense.
         """
         known = [(arrival, row.num_output) for arrival, row in zip(arrivals, rows, strict=True)]
+        counts_stay = True
         if known != self._expected or not known:
             self._expected = []  # should this fail, nothing is known of what the card has
             self._forget(arrivals)
-            settings = [self._settings(row, arrival) for row, arrival in zip(rows, arrivals, strict=True)]
+            counts_rows = self._count(rows, arrivals)
+            settings = [self._settings(*each) for each in zip(rows, counts_rows, strict=True)]
             self._rows.write(pack_rows(settings, self._vocab_size))
             # What is nobody's row takes the likeliest token and counts nothing.
             self._rows.settings[len(rows) :].zero_()
+            own = {counted.row for counted in self._counted.values()}
+            counts_stay = all(number is None or number in own for number in counts_rows)
         else:
             for arrival in arrivals:
                 if arrival in self._counted:
                     self._counted[arrival].num_output += 1
-        self._expected = [(arrival, number + 1) for arrival, number in known]
+        if counts_stay:
+            self._expected = [(arrival, number + 1) for arrival, number in known]
 
     def land(self, rows: Sequence[SampleRow]) -> "Landing":
         """Start to bring back what the step that was just put on the stream chooses; does not wait."""
@@ -80,7 +88,7 @@ class CardSampler:
         landing.receive(self._words, [row.params.logprobs for row in rows])
         return landing
 
-    def _settings(self, row: SampleRow, arrival: int) -> RowSettings:
+    def _settings(self, row: SampleRow, counts_row: int | None) -> RowSettings:
         params = row.params
         return RowSettings(
             seed=params.seed,
@@ -96,7 +104,7 @@ class CardSampler:
             # Some models name an end token that they cannot produce.
             banned=[token for token in params.stop_token_ids if 0 <= token < self._vocab_size],
             min_tokens=params.min_tokens,
-            counts_row=self._count(row, arrival) if _is_penalised(row) else None,
+            counts_row=counts_row,
             logprobs=params.logprobs,
         )
 
@@ -104,7 +112,21 @@ class CardSampler:
         for gone in [each for each in self._counted if each not in arrivals]:
             del self._counted[gone]
 
-    def _count(self, row: SampleRow, arrival: int) -> int:
+    def _count(self, rows: Sequence[SampleRow], arrivals: Sequence[int]) -> list[int | None]:
+        """The row of counts of each row that has penalties, filled with what was said before it."""
+        numbers: list[int | None] = [None] * len(rows)
+        penalised = [place for place, row in enumerate(rows) if _is_penalised(row)]
+        firsts = {place for place in penalised if place == 0 or arrivals[place - 1] != arrivals[place]}
+        for place in firsts:
+            numbers[place] = self._count_own(rows[place], arrivals[place])
+        free = iter(set(range(self._num_rows)) - {counted.row for counted in self._counted.values()})
+        for place in penalised:
+            if place not in firsts:
+                numbers[place] = number = next(free)
+                self._fill(number, rows[place])
+        return numbers
+
+    def _count_own(self, row: SampleRow, arrival: int) -> int:
         """The sequence's row of counts, filled where the card does not have it: there it goes on by itself."""
         counted = self._counted.get(arrival)
         if counted is None:
@@ -112,10 +134,14 @@ class CardSampler:
             free = next(number for number in range(self._num_rows) if number not in taken)
             counted = self._counted[arrival] = _Counted(free, -1)
         if counted.num_output != row.num_output:
-            assert row.num_unknown == 0, "a sequence whose last token nobody has read was in the step before"
-            fill_counts(self._counts[counted.row], row.tokens[: row.num_prompt], row.tokens[row.num_prompt :])
+            self._fill(counted.row, row)
         counted.num_output = row.num_output + 1  # the kernel counts what it draws
         return counted.row
+
+    def _fill(self, number: int, row: SampleRow) -> None:
+        assert row.num_unknown == 0, "a sequence whose last token nobody has read was in the step before"
+        tokens = list(row.tokens)
+        fill_counts(self._counts[number], tokens[: row.num_prompt], tokens[row.num_prompt :])
 
 
 class Landing:
@@ -126,12 +152,15 @@ class Landing:
         self._rows = rows
         self._event: Event = card.event()
         self._logprobs: list[int | None] = []
+        self.uses = 0
+        """How many steps' results were brought here; only those of the last are."""
 
     def receive(self, words: Tensor, logprobs: list[int | None]) -> None:
         """Start the copy. `logprobs`: what each row asked for."""
         self._memory.copy_(words, non_blocking=True)
         self._event.record()
         self._logprobs = logprobs
+        self.uses += 1
 
     def result(self, without: Collection[int] = ()) -> list[Sampled]:
         """Wait for the step: what was chosen for each row that is not in `without`.

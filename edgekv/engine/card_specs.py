@@ -73,7 +73,7 @@ class _NoCard:
     def call(self, function: Callable[[], object]) -> None:
         raise NotImplementedError
 
-    def capture(self, run: Callable[[], None]) -> Graph:
+    def capture(self, run: Callable[[], None], owner: object) -> Graph:
         raise NotImplementedError
 
     def compile(self, specs: tuple[KernelSpec, ...], progress: Callable[[int, int], None]) -> None:

@@ -47,10 +47,13 @@ def not_served(settings: "EngineSettings", *, native: bool) -> Iterator[tuple[st
 
 
 def why_not_served(settings: "EngineSettings", spec: ModelSpec, setting: str) -> Lacking | None:
-    """Why what would run the model does not have one of the settings that not everything has; None where it does."""
+    """Why what would run the model does not have one of the settings that not everything has; None where it does.
+
+    `setting`: as a person knows it, so of a draft model `draft.kv.dtype`.
+    """
     kv_dtype = settings.kv_dtype
-    if setting == "kv.dtype" and kv_dtype is not None and settings.place.kind not in KV_FORMATS[kv_dtype].engines:
-        return Lacking("this model runs on the CPU", "set kv.dtype to int8", CARD_KERNELS)
+    if setting.endswith("kv.dtype") and kv_dtype and settings.place.kind not in KV_FORMATS[kv_dtype].engines:
+        return Lacking("this model runs on the CPU", f"set {setting} to int8", CARD_KERNELS)
     return why_not_native(settings, spec)
 
 

@@ -54,19 +54,38 @@ class MatrixFacts:
 
 @dataclass(frozen=True, slots=True)
 class CardLimits:
-    """The most that a step may have. `context_blocks`: of one sequence's block table."""
+    """The most that a step may have. `context_blocks`: of one sequence's block table.
+
+    `proposed`: tokens that it verifies, all sequences together.
+    """
 
     step_tokens: int
     sequences: int
     context_blocks: int
+    proposed: int = 0
+
+    @property
+    def sampled(self) -> int:
+        """Rows of which tokens are chosen: one for each sequence, and one behind each proposal."""
+        return self.sequences + self.proposed
+
+    @property
+    def sampled_sizes(self) -> tuple[int, ...]:
+        """Numbers of sampled rows that programs for chunks of prompts are made for: without proposals and with them.
+
+        The head multiplies all of them, whoever's they are, and it is the largest matrix of all.
+        """
+        return (self.sequences, self.sampled) if self.proposed else (self.sequences,)
 
     @property
     def decode_sizes(self) -> tuple[int, ...]:
-        """Batch sizes that decode programs are made for: powers of two, up to all sequences."""
-        sizes = [1]
-        while sizes[-1] < self.sequences:
-            sizes.append(min(2 * sizes[-1], self.sequences))
-        return tuple(sizes)
+        """Numbers of rows that decode programs are made for: powers of two, all sequences, and these with proposals.
+
+        Rows that are only padding cost little: kernels are made for 1, 2, 4, 8, 16 and 32 rows, and above that products
+        read the weights once for whatever there is. A captured graph costs memory, so there are no more sizes.
+        """
+        powers = (1 << power for power in range(self.sampled.bit_length()))
+        return tuple(sorted({*(size for size in powers if size < self.sampled), self.sequences, self.sampled}))
 
     @property
     def ragged_sizes(self) -> tuple[int, ...]:
@@ -88,12 +107,12 @@ def matrix_facts(stored: StoredTensors, spec: ModelSpec, form: WeightForm, dtype
 
 def buffer_bytes(spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype: DtypeName) -> dict[str, int]:
     """Bytes of each buffer of a step, by name; one that a model does not need has none."""
-    item, tokens, sequences = DTYPE_BYTES[dtype], limits.step_tokens, limits.sequences
+    item, tokens, sampled = DTYPE_BYTES[dtype], limits.step_tokens, limits.sampled
     hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     heads, kv_heads = spec.num_heads * dim, spec.num_kv_heads * dim
     chunks = -(-spec.vocab_size // _SAMPLE_CHUNK)
-    part_rows = (max(1, MOST_DECODE_BLOCKS // spec.num_kv_heads) + sequences) * spec.num_heads
-    table = sequences * limits.context_blocks
+    part_rows = (max(1, MOST_DECODE_BLOCKS // spec.num_kv_heads) + sampled) * spec.num_heads
+    table = limits.sequences * limits.context_blocks
     return {
         "residual": tokens * hidden * item,
         "normed": tokens * hidden * item,
@@ -102,10 +121,10 @@ def buffer_bytes(spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype:
         "queries": tokens * heads * item,
         "wide": tokens * max(heads, inner) * item,
         "pair": tokens * 2 * inner * item,
-        "last": sequences * hidden * item,
-        "gathered": sequences * heads * item,
-        "logits": sequences * spec.vocab_size * 4,
-        "short_logits": sequences * spec.vocab_size * item if item < 4 else 0,
+        "last": sampled * hidden * item,
+        "gathered": sampled * heads * item,
+        "logits": sampled * spec.vocab_size * 4,
+        "short_logits": sampled * spec.vocab_size * item if item < 4 else 0,
         "codes": GEMV_TOKENS * facts.int8_cols,
         "code_sums": GEMV_TOKENS * facts.int8_cols // 32 * 8,
         "gemm_parts": _GEMM_PARTS_BYTES if facts.int8_cols else 0,
@@ -116,28 +135,32 @@ def buffer_bytes(spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype:
         "turns": tokens * dim // 2 * 4,
         "wide_positions": tokens * 4,
         "ids": tokens * 4,
-        "scores": sequences * spec.vocab_size * 4,
-        "bests": 2 * sequences * chunks * 8,
-        "counts": sequences * spec.vocab_size * 2,
-        "settings": sequences * SETTINGS_BYTES,
-        "edit_ids": sequences * MOST_EDITS * 4,
-        "edit_values": sequences * MOST_EDITS * 4,
+        "scores": sampled * spec.vocab_size * 4,
+        "bests": 2 * sampled * chunks * 8,
+        "counts": sampled * spec.vocab_size * 2,
+        "settings": sampled * SETTINGS_BYTES,
+        "edit_ids": sampled * MOST_EDITS * 4,
+        "edit_values": sampled * MOST_EDITS * 4,
         "segment_table": MOST_SEGMENTS * 8,
         "block_table": table * 4,
-        "results": sequences * (3 + 2 * MOST_LOGPROBS) * 4,
+        "results": sampled * (3 + 2 * MOST_LOGPROBS) * 4,
         "inputs": input_words(limits) * 4,
     }
 
 
 def input_words(limits: CardLimits) -> int:
     """Numbers of four bytes that a step is told, the block tables of all sequences with them: see `card_inputs`."""
-    fixed = 5 * limits.step_tokens + 4 * limits.sequences + CUTS * (limits.sequences + 2) + limits.sequences + 1
-    return fixed + limits.sequences * limits.context_blocks
+    sequences, sampled = limits.sequences, limits.sampled
+    fixed = 5 * limits.step_tokens + 3 * sequences + sampled + CUTS * (sampled + 2) + sequences + 1
+    return fixed + sequences * limits.context_blocks
 
 
-def workspace_bytes(spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype: DtypeName) -> int:
-    """All buffers in one allocation, and what torch's libraries keep beside it."""
-    return allocation_bytes(total_bytes(buffer_bytes(spec, limits, facts, dtype).values())) + _LIBRARY_BYTES
+def workspace_bytes(
+    spec: ModelSpec, limits: CardLimits, facts: MatrixFacts, dtype: DtypeName, *, libraries: bool = True
+) -> int:
+    """All buffers in one allocation, and what torch's libraries keep beside it, once for all models of a process."""
+    kept = _LIBRARY_BYTES if libraries else 0
+    return allocation_bytes(total_bytes(buffer_bytes(spec, limits, facts, dtype).values())) + kept
 
 
 def graphs_bytes(spec: ModelSpec, limits: CardLimits) -> int:

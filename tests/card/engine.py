@@ -20,6 +20,7 @@ from edgekv.engine.card_model import CardModel
 from edgekv.engine.card_pool import CardKVPool
 from edgekv.engine.card_runner import CardRunner
 from edgekv.engine.core import EngineCore
+from edgekv.engine.proposer import Proposer
 from edgekv.engine.sampler import Sampler
 from edgekv.engine.segments import Segments
 from edgekv.model.card_matrices import load_on_card
@@ -53,16 +54,18 @@ class CardHarness:
         context_blocks: int = 16,
         graphs: bool = True,
         prefix: bool = True,
+        proposer: Proposer | None = None,
+        in_flight: int = 2,
     ) -> None:
         limits = limits or Limits(max_sequences=4, max_step_tokens=48, mixed_step_tokens=24)
         self.card = card
-        own = CardLimits(limits.max_step_tokens, limits.max_sequences, context_blocks)
+        own = CardLimits(limits.max_step_tokens, limits.max_sequences, context_blocks, limits.max_proposed or 0)
         self.buffers = StepBuffers(card, model.spec, own, model.facts, model.dtype)
         self.memory = CardKVPool(
             model.spec, kv_format=kv_format, device=card.device, block_size=block_size, segment_blocks=segment_blocks,
             table=self.buffers.view("segment_table", MOST_SEGMENTS, dtype=torch.int64),
         )  # fmt: skip
-        self.runner = CardRunner(card, model, self.memory, self.buffers)
+        self.runner = CardRunner(card, model, self.memory, self.buffers, in_flight=in_flight)
         numbers = BlockPool(block_size=block_size, segment_blocks=segment_blocks)
         self.ledger = Ledger(blocks * self.memory.block_bytes)
         self.segments = Segments(numbers, self.memory, self.ledger)
@@ -75,8 +78,9 @@ class CardHarness:
         self.scheduler = Scheduler(self.cache, limits)
         vocab = model.spec.vocab_size
         self.core = EngineCore(
-            self.scheduler, self.runner, Sampler(vocab, card.device), vocab, self.segments, pipeline=self.runner
-        )
+            self.scheduler, self.runner, Sampler(vocab, card.device), vocab, self.segments, pipeline=self.runner,
+            proposer=proposer,
+        )  # fmt: skip
         self.sampled: dict[int, list[Sampled]] = {}
         self.ended: dict[int, FinishReason] = {}
         self._poisoned: set[int] = set()
@@ -125,5 +129,3 @@ class CardHarness:
         free = {block for block in self.block_ids() if self.cache.pool.state(block) is BlockState.FREE}
         self.memory.poison(free - self._poisoned)
         self._poisoned = free
-
-

@@ -109,7 +109,7 @@ class HostCard:
     def product(self, x: Tensor, weights: Tensor, out: Tensor, rounded: Tensor) -> None:
         torch.mm(x.float(), weights.float().t(), out=out)
 
-    def capture(self, run: Callable[[], None]) -> HostGraph:
+    def capture(self, run: Callable[[], None], owner: object) -> HostGraph:
         self._maybe_fail(self.graph_bytes)
         self.taken_bytes += self.graph_bytes
         graph = self._capturing = HostGraph()
@@ -134,5 +134,3 @@ class HostCard:
         if self.fail_allocation < 0:
             self.fail_allocation = None
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {num_bytes} bytes")
-
-

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from edgekv.config.settings import PinnedPrompt
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import SequenceSpec
+from edgekv.core.speculation import Controller
 from edgekv.demo import draft_path
 from edgekv.engine import assemble as assembling
 from edgekv.engine import card_load
@@ -17,6 +19,7 @@ from edgekv.engine.assemble import assemble
 from edgekv.engine.card_load import open_card
 from edgekv.engine.card_runner import CardRunner
 from edgekv.engine.core import EngineCore
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kernel_needs import Lacking, NotServedHere
 from edgekv.engine.runner import Runner
 from edgekv.engine.runtime import Runtime
@@ -176,3 +179,34 @@ def test_a_card_that_main_memory_plays_is_run_by_torch() -> None:
     place = replace(CARD, torch_name="cpu")
     core, assembly = assemble(settings(place=place), quiet, sources=())
     assert (assembly.kernels, type(core.runner)) == ("torch", Runner)
+
+
+class Always(Controller):
+    """Does not look at how quick fibers are."""
+
+    def choose(self, most: Mapping[int, int], *_: object) -> dict[int, int]:
+        return {number: min(left, self.most) for number, left in most.items()}
+
+
+def test_a_draft_model_on_the_same_card(card: HostCard) -> None:
+    """It is the model itself, in another type; what it proposes is mostly right, whatever the outputs are."""
+    core, assembly = assemble(settings(dtype="float32", draft=DraftSettings(DRAFT, 5)), quiet, sources=())
+    assert core._speculation is not None
+    core._speculation._controller = Always(5)
+    assert isinstance(core.runner, CardRunner)
+    assert core.runner.graphs.sizes == (1, 2, 4, 8, 9)
+    plain, _ = assemble(settings(dtype="float32"), quiet, sources=())
+    params = [SamplingParams(12, temperature=0.0), SamplingParams(12, temperature=0.8, seed=3, repetition_penalty=1.2)]
+    said: list[dict[int, list[int]]] = []
+    for each in (plain, core):
+        said.append({})
+        for number, (prompt, sampling) in enumerate(zip(prompts(24, 40, 21), params, strict=True)):
+            each.submit(SequenceSpec(number, tuple(prompt), sampling))
+        while each.busy:
+            for token in each.step().tokens:
+                said[-1].setdefault(token.sequence_id, []).append(token.sampled.token_id)
+    assert said[0] == said[1]
+    stats = core.stats()
+    assert stats.proposed_tokens > 0
+    assert stats.accepted_tokens > 0.6 * stats.proposed_tokens
+    assert {"weights.draft", "workspace.draft", "kv.draft"} <= set(assembly.leases)

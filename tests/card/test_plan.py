@@ -21,12 +21,14 @@ from edgekv.demo import draft_path
 from edgekv.engine.card_buffers import StepBuffers
 from edgekv.engine.card_model import CardModel
 from edgekv.engine.card_pool import CARD_FORMATS, CardKVPool
+from edgekv.engine.card_runner import CardRunner
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.settings import EngineSettings, card_limits, lease, plan_engine, weight_form
 from edgekv.kernels.attn.gpu_layout import BlockOrder, GpuLayout
 from edgekv.model import card_layout
 from edgekv.model.card_layout import allocation_bytes, slab_bytes, slabs_of
 from edgekv.model.card_matrices import load_on_card
-from edgekv.model.card_memory import buffer_bytes, matrix_facts, total_bytes, workspace_bytes
+from edgekv.model.card_memory import CardLimits, buffer_bytes, matrix_facts, total_bytes, workspace_bytes
 from edgekv.model.hf_config import read_spec
 from edgekv.model.weight_table import read_weight_table
 from edgekv.smi.device import Place
@@ -98,6 +100,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"weight_format": "int4", "kv_dtype": "int4"}),
     ("odd", {"weight_format": "int4", "kv_dtype": "fp8"}),
     ("awq", {"dtype": "float16", "block_size": 32}),
+    ("llama", {"draft": DraftSettings(tokens=9)}),
+    ("gemma3", {"draft": DraftSettings(tokens=2), "weight_format": "int4"}),
 ]
 
 
@@ -126,6 +130,7 @@ def test_weights_buffers_and_blocks_take_what_was_planned(
     facts, limits = matrix_facts(read_weight_table(path, spec), spec, form, choice.name), card_limits(settings, spec)
     assert facts == model.facts
     card.sizes.clear()
+    assert limits.sampled == 3 + settings.max_proposed
     buffers = StepBuffers(card, spec, limits, model.facts, choice.name)
     assert card.sizes == [buffers.num_bytes] == [total_bytes(buffer_bytes(spec, limits, facts, choice.name).values())]
     assert memory.workspace_bytes == workspace_bytes(spec, limits, facts, choice.name)
@@ -136,6 +141,7 @@ def test_weights_buffers_and_blocks_take_what_was_planned(
         segment_blocks=memory.kv.segment_blocks,
     )  # fmt: skip
     assert pool.block_bytes == memory.kv.block_bytes
+    assert CardRunner(card, model, pool, buffers).kernels(), "every program finds room in the buffers"
 
 
 @given(
@@ -160,6 +166,32 @@ class _Shape:
 
 def test_every_format_that_a_card_is_planned_with_is_one_that_its_pool_has() -> None:
     assert {name for name, kept in KV_FORMATS.items() if "card" in kept.engines} == CARD_FORMATS.keys()
+
+
+def test_a_step_has_no_more_sampled_rows_than_tokens() -> None:
+    asked = EngineSettings(draft_path(), CARD, max_sequences=12, context_tokens=100, draft=DraftSettings(tokens=8))
+    spec = read_spec(asked.folder)
+    assert card_limits(asked, spec) == CardLimits(512, 12, 7, proposed=12)
+    assert card_limits(replace(asked, max_step_tokens=16), spec) == CardLimits(16, 12, 7, proposed=4)
+    assert card_limits(replace(asked, max_step_tokens=16, draft=None), spec) == CardLimits(16, 12, 7)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "proposed", "decodes", "ragged"),
+    [
+        (1, 0, (1,), (1,)),
+        (12, 0, (1, 2, 4, 8, 12), (12,)),
+        (1, 8, (1, 2, 4, 8, 9), (1, 9)),
+        (12, 12, (1, 2, 4, 8, 12, 16, 24), (12, 24)),
+        (16, 16, (1, 2, 4, 8, 16, 32), (16, 32)),
+    ],
+)
+def test_programs_are_made_for_steps_without_proposals_and_with_as_many_as_there_may_be(
+    sequences: int, proposed: int, decodes: tuple[int, ...], ragged: tuple[int, ...]
+) -> None:
+    limits = CardLimits(512, sequences, 7, proposed)
+    assert limits.decode_sizes == decodes
+    assert limits.sampled_sizes == ragged
 
 
 def test_small_layers_share_an_allocation_and_large_ones_have_their_own() -> None:

@@ -19,12 +19,16 @@ from edgekv.core.sequence import SequenceSpec
 from edgekv.core.step import Sampled
 from edgekv.model.matrix_layout import WeightForm, WeightsName
 from tests.card.engine import CardHarness, card_model
+from tests.card.guesser import Guesser
 from tests.card.test_card_engine import SAMPLING
 from tests.card.test_card_formats import BOUNDS, forced_logits
+from tests.card.test_chain import OPTIONS as CHAINED_OPTIONS
+from tests.card.test_chain import PROMPTS as CHAINED
+from tests.card.test_chain import begin_chain
 from tests.gpu.bed import Bed
 from tests.model.engine_harness import EngineHarness, load, load_on_kernels
 
-__all__ = ["BOUNDS", "SAMPLING", "forced_logits"]
+__all__ = ["BOUNDS", "CHAINED", "CHAINED_OPTIONS", "SAMPLING", "Guesser", "begin_chain", "forced_logits"]
 
 CONTEXT_TOKENS = 4096
 
@@ -51,6 +55,11 @@ def roomy() -> dict[str, Any]:
     """Options of an engine for prompts of hundreds of tokens."""
     limits = Limits(max_sequences=8, max_step_tokens=512, mixed_step_tokens=256)
     return {"limits": limits, "blocks": 1024, "segment_blocks": 128, "context_blocks": CONTEXT_TOKENS // 16}
+
+
+def verifying() -> Limits:
+    """Of steps that verify up to twelve proposals."""
+    return Limits(max_sequences=4, max_step_tokens=48, mixed_step_tokens=24, max_proposed=12)
 
 
 def reference_tokens(

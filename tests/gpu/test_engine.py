@@ -83,6 +83,34 @@ def test_every_way_of_sampling_equals_the_processors(folders, bed: Bed) -> None:
         assert [token for token, _ in ours.top_logprobs] == [token for token, _ in theirs.top_logprobs]
 
 
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_what_is_proposed_and_verified_changes_nothing(k: int, folders, bed: Bed) -> None:
+    folder, own = folders("llama"), engines.prompts(4, *(9 + 3 * i for i in range(len(engines.SAMPLING))))
+    settings, count = list(engines.SAMPLING.values()), bed.sized(card=16, host=6)
+    wanted = [[each.token_id for each in said] for said in engines.reference_tokens(folder, own, count, settings)]
+    guesser = engines.Guesser({tuple(prompt): said for prompt, said in zip(own, wanted, strict=True)}, k, 0.7)
+    engine = engines.make_engine(bed, folder, limits=engines.verifying(), proposer=guesser)
+    for prompt, sampling in zip(own, settings, strict=True):
+        engine.submit(prompt, count, **sampling)
+    assert engines.run(engine) == wanted
+    assert 0 < guesser.accepted < guesser.proposed
+    assert engine.runner.graphs.sizes == (1, 2, 4, 8, 16)
+
+
+def test_a_chain_of_steps_that_nobody_reads_says_what_steps_one_by_one_say(folders, bed: Bed) -> None:
+    counts = [bed.sized(card=16, host=3), 2, 2, 1]
+    plain = engines.make_engine(bed, folders("llama"))
+    for prompt, count, sampling in zip(engines.CHAINED, counts, engines.CHAINED_OPTIONS, strict=True):
+        plain.submit(prompt, count, **sampling)
+    wanted = engines.run(plain)
+    engine = engines.make_engine(bed, folders("llama"), in_flight=max(counts))
+    said: list[list[int]] = [[] for _ in counts]
+    for plan, pending in engines.begin_chain(engine, counts):
+        for chunk, sampled in zip(plan.chunks, pending.result(), strict=True):
+            said[chunk.sequence.id].append(sampled.token_id)
+    assert said == wanted
+
+
 @pytest.mark.parametrize(("arch", "dtype", "kv_format", "weights", "bound"), engines.BOUNDS)
 def test_logits_are_within_their_bound(
     arch: str, dtype: str, kv_format: str, weights: str, bound: float, folders, bed: Bed

@@ -115,7 +115,7 @@ def test_gaps_are_between_the_graphs_that_ran() -> None:
     host = HostRig()
     host.mark = iter(range(100)).__next__  # type: ignore[method-assign, assignment]
     card = WatchedCard(host)
-    graph = card.capture(lambda: None)
+    graph = card.capture(lambda: None, card)
     for _ in range(3):
         graph.replay()
     assert card.graph_times().samples == (1, 1, 1)
