@@ -91,7 +91,7 @@ def main() -> int:
         config,
         name,
         aliases,
-        replace(engine, place=place, dtype="float32"),
+        replace(engine, place=place, dtype="float32", draft=None),
         sources=sources_for(place.watched, sysfs=card.sysfs, proc=card.proc),
     )
 

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 from rich.markup import escape
 
+from edgekv.cli.bench_speculation import Asked, asked_chats, encoded, measure_speculation, speculating
 from edgekv.cli.console import print_json, stderr, stdout, table
+from edgekv.cli.operation_times import Profile
 from edgekv.cli.percentile import percentile
+from edgekv.cli.speculation_view import show_speculation
 
 if TYPE_CHECKING:
     from edgekv.cli.bandwidth import ReadMeter
@@ -24,9 +27,7 @@ if TYPE_CHECKING:
     from edgekv.engine.assemble import Assembly
     from edgekv.engine.measure import EngineMeter, StepTime
     from edgekv.engine.settings import EngineSettings
-    from edgekv.model.lowering import Operation
     from edgekv.model.matrix_layout import WeightsName
-    from edgekv.model.packed_weights import PackedMatrix
 
 T = TypeVar("T")
 
@@ -36,28 +37,59 @@ MARGIN_TOKENS = 64
 def bench_engine(
     model: str = typer.Argument("demo", help="A model folder, a .gguf file, or 'demo'."),
     contexts: str = typer.Option("128,2048", help="Tokens behind each sequence where decoding is measured; '': none."),
-    batch: str = typer.Option("1,8,16", help="Sequences that decode at once."),
+    batch: str | None = typer.Option(
+        None, help="Sequences that decode at once; by default 1,8,16, with --speculate 1,4,8."
+    ),
     prefill: str = typer.Option("512,2048", help="Tokens of the prompts to measure; '': none."),
     weights: str = typer.Option("auto", help="auto, or what to quantise to: int8, int4."),
     kernels: str = typer.Option("auto", help="auto, native or torch."),
     kv_dtype: str = typer.Option("auto", help="Keys and values: auto, a dtype, int8, on a card fp8 or int4."),
     steps: int = typer.Option(32, min=1, help="Decoding steps of a sample."),
-    repeat: int = typer.Option(3, min=1, help="Samples of each row."),
+    repeat: int = typer.Option(3, min=1, help="Samples of each row, or rounds over the prompts."),
     step_tokens: int = typer.Option(512, min=16, help="The most tokens in a step: the size of a long prompt's chunks."),
-    profile: bool = typer.Option(False, help="Also where the time of each decoding row's steps went, by operation."),
-    seed: int | None = typer.Option(None, help="Of the random prompts; by default a new one."),
+    profile: bool = typer.Option(False, help="Also where the time of each row's steps went, by operation."),
+    seed: int | None = typer.Option(None, help="Of random prompts and sampled answers; by default a new one."),
+    speculate: bool = typer.Option(False, "--speculate", help="Instead: answers with and without speculation."),
+    draft: str | None = typer.Option(
+        None, help="With --speculate, who drafts: a model's path, 'demo' or 'ngram'; the demo model has its draft."
+    ),
+    prompts: Path | None = typer.Option(
+        None, help="With --speculate, what to ask: a prompt a line, or a chat as JSON; the demo model has its own."
+    ),
+    fixed: str = typer.Option(
+        "", help="With --speculate, also so many tokens always, without the controller: 1,2,4,8."
+    ),
+    max_tokens: int = typer.Option(200, min=1, help="With --speculate, the longest answer."),
+    warm_up: int = typer.Option(1, min=0, help="With --speculate, rounds before those that count."),
     label: str = typer.Option("", help="A name for the result."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
     out: Path | None = typer.Option(None, help="Append the result to this file, one JSON object a line."),
 ) -> None:
     """Measure the engine itself, without HTTP: prompts and decoding against the memory's bandwidth."""
-    counts = (numbers(contexts, "--contexts"), numbers(batch, "--batch"), numbers(prefill, "--prefill"))
-    wanted = Wanted(*counts, steps, repeat, profile)
-    settings = _settings(model, wanted, weights, kernels, kv_dtype, step_tokens)
-    found = measure(settings, wanted, seed, progress_on(not as_json))
+    progress = progress_on(not as_json)
+    batches = numbers(batch or ("1,4,8" if speculate else "1,8,16"), "--batch")
+    if not speculate and (draft is not None or prompts is not None or fixed):
+        raise typer.BadParameter("--draft, --prompts and --fixed go with --speculate")
+    name, settings = _settings(model, weights, kernels, kv_dtype, step_tokens)
+    if speculate:
+        asked = Asked(batches, numbers(fixed, "--fixed"), max_tokens, warm_up, repeat, profile)
+        settings = speculating(settings, draft)
+        asked_of = encoded(settings, asked_chats(name, prompts, settings), max_tokens)
+        longest = max(map(len, asked_of)) + max_tokens
+        room = _with_room(settings, context=longest, tokens=max(batches) * (longest + MARGIN_TOKENS))
+        room = replace(room, max_sequences=max(settings.max_sequences, *batches))
+        found = measure_speculation(room, asked_of, asked, seed, progress)
+    else:
+        counts = (numbers(contexts, "--contexts"), batches, numbers(prefill, "--prefill"))
+        wanted = Wanted(*counts, steps, repeat, profile)
+        room = _with_room(settings, context=wanted.most_context, tokens=wanted.most_tokens)
+        room = replace(room, max_sequences=max(batches, default=1), draft=None)
+        found = measure(room, wanted, seed, progress)
     result = {"label": label, "model": model, "weights": weights, **found}
     if as_json:
         print_json(result)
+    elif speculate:
+        show_speculation(result)
     else:
         show(result)
     if out is not None:
@@ -194,7 +226,7 @@ class _Rows:
 
         self._progress(f"decode, context {context}, batch {batch}")
         before = self._bandwidth.read()
-        profile = _Profile(self._meter, wanted.profile)
+        profile = Profile(self._meter, wanted.profile)
         times = self._meter.decode(context, batch, wanted.steps * wanted.repeat, profile.start)
         bandwidth = max(before, self._bandwidth.read())
         self.bandwidths.append(bandwidth)
@@ -220,55 +252,10 @@ class _Rows:
         }
 
 
-class _Profile:
-    """Where the native kernels spent their time, by operation; empty unless wanted."""
-
-    def __init__(self, meter: "EngineMeter", wanted: bool) -> None:
-        from edgekv.model.native_lm import NativeLM
-
-        self._operations: tuple[Operation[PackedMatrix], ...] = ()
-        if wanted and isinstance(meter.model, NativeLM):
-            self._operations, self._spent = meter.model.lowered.operations, meter.model.profile()
-
-    def start(self) -> None:
-        """Forget what was before the steps that count."""
-        if self._operations:
-            self._spent[:] = 0
-
-    def read(self, steps: int, cache_bytes: int, bandwidth: float) -> dict[str, Any]:
-        """Milliseconds of a step by operation, and for those that read much, the share of bandwidth."""
-        if not self._operations:
-            return {}
-        from edgekv.kernels.cpu.formats import PanelFormat
-
-        seconds: dict[str, float] = {}
-        num_bytes: dict[str, int] = {}
-        for operation, spent in zip(self._operations, self._spent.tolist(), strict=True):
-            name, matrix = operation.kind.name.lower(), operation.matrix
-            if matrix is not None and name == "linear":
-                shapes = "+".join(f"{part.rows}x{part.cols} {PanelFormat(part.format).name}" for part in matrix.parts)
-                name = f"linear {shapes}"
-                num_bytes[name] = num_bytes.get(name, 0) + matrix.num_bytes
-            seconds[name] = seconds.get(name, 0.0) + spent / 1e9 / steps
-        num_bytes["attend"] = cache_bytes
-        return {
-            "profile": {
-                name: {
-                    "ms": round(spent * 1e3, 4),
-                    "of_bandwidth": round(num_bytes[name] / spent / bandwidth, 3) if num_bytes.get(name) else None,
-                }
-                for name, spent in sorted(seconds.items(), key=lambda item: -item[1])
-            }
-        }
-
-
-def _settings(
-    model: str, wanted: Wanted, weights: str, kernels: str, kv_dtype: str, step_tokens: int
-) -> "EngineSettings":
-    """As `serve` would build it, with a KV pool that is just large enough."""
+def _settings(model: str, weights: str, kernels: str, kv_dtype: str, step_tokens: int) -> tuple[str, "EngineSettings"]:
+    """As `serve` would build it, with the model's name."""
     from edgekv.cli.serve import served_model
     from edgekv.config.settings import Config
-    from edgekv.model.hf_config import read_spec
 
     formats: Mapping[str, WeightsName] = {"auto": "auto", "int8": "int8", "int4": "int4"}
     dtypes: Mapping[str, KVDtypeName | None] = {
@@ -276,19 +263,24 @@ def _settings(
         "int8": "int8", "fp8": "fp8", "int4": "int4",
     }  # fmt: skip
     natives: Mapping[str, bool | None] = {"auto": None, "native": True, "torch": False}
-    _, _, settings = served_model(Config(), model)
-    spec = read_spec(settings.folder)
-    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4  # of the widest dtype
-    return replace(
+    name, _, settings = served_model(Config(), model)
+    return name, replace(
         settings,
         weight_format=chosen(formats, weights, "--weights"),
         native=chosen(natives, kernels, "--kernels"),
         kv_dtype=chosen(dtypes, kv_dtype, "--kv-dtype"),
-        kv_budget=token_bytes * wanted.most_tokens,
-        context_tokens=min(wanted.most_context, spec.max_position_embeddings),
-        max_sequences=max(wanted.batches, default=1),
         max_step_tokens=step_tokens,
     )
+
+
+def _with_room(settings: "EngineSettings", *, context: int, tokens: int) -> "EngineSettings":
+    """With a KV pool that is just large enough for `tokens` at once, and sequences of `context` tokens."""
+    from edgekv.model.hf_config import read_spec
+
+    spec = read_spec(settings.folder)
+    token_bytes = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * 4  # of the widest dtype
+    context_tokens = min(context, spec.max_position_embeddings)
+    return replace(settings, kv_budget=token_bytes * tokens, context_tokens=context_tokens)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ class EngineMeter:
         self._core = core
         self._rng = random.Random(seed)
         self._next_id = 0
-        self._stopwatch = _Stopwatch()
+        self._stopwatch = Stopwatch()
         self._limits = core.scheduler.limits
         self.model = core.runner.model
         self._filling = _Filling(core.runner, core.scheduler.cache.block_size)
@@ -148,7 +148,7 @@ def added(steps: list[StepTime]) -> StepTime:
     return StepTime(*sums)
 
 
-class _Stopwatch:
+class Stopwatch:
     """Times methods of objects from without: seconds spent in each part since `parts` was cleared."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class _Filling:
         own = tuple(chunk for chunk in plan.chunks if chunk.sequence is donor)
         logits = self.runner.forward(replace(plan, copies=(), chunks=own))
         self.runner.forward(StepPlan(copies=tuple(copies), chunks=()))
-        return logits.expand(sum(chunk.samples for chunk in plan.chunks), -1).clone()
+        return logits.expand(plan.num_sampled, -1).clone()
 
 
 def weight_bytes(model: Any, spec: ModelSpec) -> int:
@@ -234,4 +234,3 @@ def _pairs(tokens: int, window: int | None) -> int:
     """Of a token and one that it sees."""
     seen = min(tokens, window or tokens)
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
-
