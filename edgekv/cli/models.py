@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 from edgekv.config.model_path import LAYOUTS, gguf_at
-from edgekv.demo import target_path
+from edgekv.demo import draft_path, target_path
 from edgekv.errors import ModelError
 
-DEMO = "demo"
+DEMO, NGRAM, OFF = "demo", "ngram", "off"
+DRAFT_HELP = "Who proposes tokens to verify, instead of the configuration's: a model's path, 'demo', 'ngram' or 'off'."
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -30,6 +31,17 @@ def resolve_model(name: str) -> Path:
         what = "file" if file else "folder"
         raise ModelError(f"{name}: no such {what}; give {LAYOUTS}, or 'demo'")
     return file or path
+
+
+def resolve_draft(name: str) -> Path:
+    """The folder or GGUF file of the draft model `name`: "demo" for the demo model's, or a path. Raises ModelError."""
+    if name == DEMO and not draft_path().is_dir():
+        raise ModelError("the demo model's draft is not in this installation; make it with: make demo-model")
+    try:
+        return draft_path() if name == DEMO else resolve_model(name)
+    except ModelError as error:
+        others = f", {NGRAM!r}, {OFF!r}" if not Path(name).expanduser().exists() else ""
+        raise ModelError(f"--draft {error}{others}") from None
 
 
 def is_model_path(path: Path) -> bool:

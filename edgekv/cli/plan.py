@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from edgekv.cli.console import print_json
+from edgekv.cli.models import DRAFT_HELP
 from edgekv.config.cards import KnownCard, find_card, live_card
 from edgekv.config.units import parse_size, parse_size_or_share
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config, PinnedPrompt
-    from edgekv.core.capacity import Draft, DtypeName, MemoryPlan
+    from edgekv.core.capacity import DtypeName, MemoryPlan
     from edgekv.core.kv_format import KVDtypeName
-    from edgekv.engine.settings import EngineSettings
+    from edgekv.engine.draft_settings import DraftSettings
+    from edgekv.engine.settings import DraftFiles, EngineSettings
     from edgekv.model.matrix_layout import WeightsName
     from edgekv.model.spec import ModelSpec
     from edgekv.model.weight_table import WeightTable
@@ -26,13 +28,13 @@ if TYPE_CHECKING:
 class Asked:
     """What is to be planned. `card`: the table's entry for the device; `is_here`: whether this machine has it.
 
-    `table`: what the model's files hold; `draft_table`: what those of its draft hold. `pinned`: how many tokens each
+    `table`: what the model's files hold; `draft`: the model that drafts for it. `pinned`: how many tokens each
     pinned prompt has, by name; `pinned_blocks` are pinned for all of them.
     """
 
     settings: "EngineSettings"
     table: "WeightTable"
-    draft_table: "WeightTable | None"
+    draft: "DraftFiles | None"
     card: KnownCard | None
     is_here: bool
     pinned: dict[str, int]
@@ -54,21 +56,23 @@ def plan(
     vram: str | None = typer.Option(None, help="Plan for a card with this much memory, as 16GiB."),
     others: str | None = typer.Option(None, help="What other programs hold of that card, as 1GiB; by default nothing."),
     device: str = typer.Option("auto", help="auto or cpu."),
-    draft: str | None = typer.Option(None, help="A draft model to keep room for: its path, or 'demo' for its draft."),
-    draft_kv: str | None = typer.Option(None, help="Memory for the draft's KV pool, as 1GiB; by default chosen."),
+    draft: str | None = typer.Option(None, help=DRAFT_HELP),
+    draft_tokens: int | None = typer.Option(
+        None, min=1, max=16, help="The most tokens proposed for a sequence at once; by default 8."
+    ),
+    draft_kv: str | None = typer.Option(None, help="Memory for the draft's KV pool, as 1GiB or 5%; by default chosen."),
     max_num_seqs: int | None = typer.Option(None, min=1, help="Sequences in one step; by default 16."),
     as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
 ) -> None:
     """Say how many tokens of KV cache a model leaves room for, and where every byte goes."""
     from edgekv.cli.plan_view import plan_json, print_plan
-    from edgekv.engine.settings import plan_engine, runs_natively
+    from edgekv.engine.servable import check_drafts_tokens
+    from edgekv.engine.settings import DraftFiles, plan_engine, runs_natively
     from edgekv.model.hf_config import read_spec
     from edgekv.model.weight_table import read_weight_table
 
     if device not in ("auto", "cpu"):
         raise typer.BadParameter("--device is auto or cpu")
-    if draft_kv is not None and draft is None:
-        raise typer.BadParameter("--draft-kv needs --draft")
     known = find_card(card) if card is not None else None
     elsewhere = _elsewhere(known, vram, others)
     settings, pinned = _settings(model, elsewhere, known, device)
@@ -81,19 +85,21 @@ def plan(
         kv_budget=settings.kv_budget if budget is None else budget,
         context_tokens=context or settings.context_tokens,
         max_sequences=max_num_seqs or settings.max_sequences,
+        draft=_draft(settings.draft, draft, draft_tokens, draft_kv),
     )
-    draft_table = None
-    if draft is not None:
-        drafted, draft_table = _draft(draft, draft_kv, settings)
-        settings = replace(settings, draft=drafted)
+    drafted = None
+    if settings.draft is not None and settings.draft.folder is not None:
+        check_drafts_tokens(settings.folder, settings.draft.folder)
+        draft_spec = read_spec(settings.draft.folder)
+        drafted = DraftFiles(draft_spec, read_weight_table(settings.draft.folder, draft_spec))
     spec = read_spec(settings.folder)
     settings = replace(settings, native=runs_natively(settings, spec))
     table = read_weight_table(settings.folder, spec)
-    choice, result = plan_engine(settings, spec, table)
+    choice, result = plan_engine(settings, spec, table, drafted)
     tokens, blocks = _pinned(settings, spec, result, pinned)
     place = settings.place
     card_here = known or live_card(place.title, place.total_bytes)
-    asked = Asked(settings, table, draft_table, card_here, elsewhere is None, tokens, blocks)
+    asked = Asked(settings, table, drafted, card_here, elsewhere is None, tokens, blocks)
     if as_json:
         print_json(plan_json(asked, spec, result))
     else:
@@ -106,10 +112,9 @@ def _settings(
     model: str, elsewhere: "Place | None", known: KnownCard | None, device: str
 ) -> tuple["EngineSettings", tuple["PinnedPrompt", ...]]:
     """What the configuration file says, with its pinned prompts, or the defaults for a model."""
-    from edgekv.cli.models import resolve_model
     from edgekv.cli.serve import served_model
     from edgekv.config.load import load_config
-    from edgekv.engine.settings import EngineSettings
+    from edgekv.config.settings import Config
     from edgekv.smi.device import choose_place
 
     if model.endswith((".yaml", ".yml")):
@@ -119,7 +124,7 @@ def _settings(
             place = _lent(elsewhere, known, config)
         name, _, settings = served_model(config, None, place)
         return settings, config.models[name].pinned_prompts if name in config.models else ()
-    return EngineSettings(folder=resolve_model(model), place=elsewhere or choose_place(device, {})), ()
+    return served_model(Config(), model, elsewhere or choose_place(device, {}))[2], ()
 
 
 def _lent(elsewhere: "Place", known: KnownCard | None, config: "Config") -> "Place":
@@ -187,20 +192,21 @@ def _elsewhere(card: KnownCard | None, vram: str | None, others: str | None) -> 
     return Place("card", "cuda:0", "a card" if card is None else card.name, total - held, total_bytes=total)
 
 
-def _draft(name: str, kv: str | None, target: "EngineSettings") -> "tuple[Draft, WeightTable]":
-    """The draft as what would run it has it, which is decided as for a target, and what its files hold."""
-    from edgekv.cli.models import DEMO, resolve_model
-    from edgekv.core.capacity import Draft
-    from edgekv.demo import draft_path
-    from edgekv.engine.settings import EngineSettings, runs_natively, weigh
-    from edgekv.model.hf_config import read_spec
-    from edgekv.model.weight_table import read_weight_table
+def _draft(
+    configured: "DraftSettings | None", name: str | None, tokens: int | None, kv: str | None
+) -> "DraftSettings | None":
+    """Who drafts: as configured, but for the options."""
+    from edgekv.cli.serve import drafting
 
-    path = draft_path() if name == DEMO else resolve_model(name)
-    spec, settings = read_spec(path), EngineSettings(path, target.place, block_size=target.block_size)
-    table = read_weight_table(path, spec)
-    choice, weights = weigh(settings, spec, table, native=runs_natively(settings, spec))
-    return Draft(spec, choice.name, None if kv is None else _size(kv), weights), table
+    draft = configured if name is None else drafting(name, configured)
+    if draft is None:
+        if tokens is not None or kv is not None:
+            raise typer.BadParameter("--draft-tokens and --draft-kv need --draft: nobody drafts")
+        return None
+    if kv is not None and draft.folder is None:
+        raise typer.BadParameter("--draft-kv is for the pool of a draft model: n-grams have none")
+    budget = _budget(kv)
+    return replace(draft, tokens=tokens or draft.tokens, kv_budget=draft.kv_budget if budget is None else budget)
 
 
 def _dtype(name: str) -> "DtypeName | None":

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from edgekv.cli.assumed import checkpoint_json, kind_sizes, missing_weights
 from edgekv.cli.console import stdout, table
+from edgekv.cli.draft_view import draft_cost, draft_json, draft_lines
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.cli.remedies import OWN_KERNELS, kernels_have, kv_formats, remedies
 from edgekv.config.units import format_size
@@ -37,8 +38,8 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
     notes = "; ".join(note for note in (place.note, _of_card(asked)) if note)
     where = f"on {place.title}: {format_size(result.total_bytes)} in all{free}"
     console.print(where + (f" ({notes})" if notes else ""), soft_wrap=True)
-    for told in (asked.table, asked.draft_table):
-        for line in () if told is None else missing_weights(told):
+    for told in (asked.table, *(() if asked.draft is None else (asked.draft.table,))):
+        for line in missing_weights(told):
             console.print(line, soft_wrap=True)
     console.print()
     shares = plan_shares(asked, spec, result)
@@ -52,6 +53,9 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
     if result.ceiling_blocks > kv.num_blocks:
         most = result.ceiling_blocks * kv.block_size
         console.print(f"It may grow to {most:,} tokens when other programs leave the card.")
+    cost = draft_cost(asked.settings, spec, result, asked.table)
+    for line in draft_lines(asked.settings, asked.draft, result, cost):
+        console.print(line, soft_wrap=True)
     if asked.pinned_blocks:
         names = ", ".join(f"{name} {num_tokens:,} tokens" for name, num_tokens in asked.pinned.items())
         size = format_size(asked.pinned_blocks * kv.block_bytes)
@@ -62,7 +66,7 @@ def print_plan(asked: "Asked", spec: "ModelSpec", reason: str, result: MemoryPla
         console.print()
         _print_formats(asked, spec, result)
         _print_speed(asked, spec, result)
-    found = remedies(asked.settings, spec, result, asked.table)
+    found = remedies(asked.settings, spec, result, asked.table, asked.draft)
     if not result.fits:
         console.print()
         console.print(f"[bold yellow]does not fit:[/] {_shortfall(result)}", soft_wrap=True)
@@ -82,7 +86,8 @@ def plan_shares(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> list[O
         "workspace": "scratch of one step, at most",
         "graphs": "captured decode steps, an estimate",
         "weights.draft": "" if draft is None else f"the draft, in {_draft_kinds(draft)}",
-        "kv.draft": "" if draft is None else f"{draft.kv.pool_tokens:,} tokens of the draft",
+        "workspace.draft": "scratch of one of its steps, at most",
+        "kv.draft": "" if draft is None else f"{draft.kv.pool_tokens:,} tokens of the draft in {draft.kv_dtype}",
         "kv.target": blocks,
     }
     leases = {"kv.target": 0} | result.leases
@@ -137,13 +142,8 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
         "ceiling_tokens": result.ceiling_blocks * kv.block_size,
         "beyond_window_bytes": _beyond_window(spec, result),
     }  # fmt: skip
-    if result.draft is not None:
-        document["draft"]["weight_bytes"] = result.draft.weight_bytes
-        if asked.draft_table is not None:
-            document["draft"]["checkpoint"] = checkpoint_json(asked.draft_table)
-        document["draft"]["kv"] |= {
-            "pool_tokens": result.draft.kv.pool_tokens, "pool_bytes": result.draft.kv.pool_bytes
-        }  # fmt: skip
+    cost = draft_cost(asked.settings, spec, result, asked.table)
+    document["draft"] = draft_json(asked.settings, asked.draft, result.draft, cost)
     return {
         "architecture": spec.architecture, "num_parameters": spec.num_parameters, "device": place.kind,
         "title": place.title, "checkpoint": checkpoint_json(asked.table),
@@ -161,7 +161,7 @@ def plan_json(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> dict[str
             "start_of_context": fastest_decode(asked, spec, result, 0),
             "end_of_context": fastest_decode(asked, spec, result, result.context_tokens),
         },
-        "remedies": [asdict(remedy) for remedy in remedies(asked.settings, spec, result, asked.table)],
+        "remedies": [asdict(remedy) for remedy in remedies(asked.settings, spec, result, asked.table, asked.draft)],
     }  # fmt: skip
 
 
@@ -189,11 +189,12 @@ def _print_speed(asked: "Asked", spec: "ModelSpec", result: MemoryPlan) -> None:
     if first is None or last is None or asked.card is None:
         return
     console = stdout()
+    alone = "" if asked.settings.draft is None else ", without proposals"
     console.print()
     console.print(
-        f"decode, one request: at most {first:,.0f} tokens/s, {last:,.0f} at the end of a full context: an upper bound "
-        f"from the card's specification ({asked.card.bandwidth / 1e9:,.0f} GB/s ÷ the bytes that a token reads), "
-        "not a measurement",
+        f"decode, one request{alone}: at most {first:,.0f} tokens/s, {last:,.0f} at the end of a full context: an "
+        f"upper bound from the card's specification ({asked.card.bandwidth / 1e9:,.0f} GB/s ÷ the bytes that a "
+        "token reads), not a measurement",
         soft_wrap=True,
     )
 

@@ -12,7 +12,7 @@ from edgekv.core.capacity import MemoryPlan
 from edgekv.core.dtype_choice import DeviceKind
 from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, kv_alignment, plan_kv
 from edgekv.engine.kernel_needs import BLOCK_SIZE, kv_engine
-from edgekv.engine.settings import EngineSettings, plan_engine
+from edgekv.engine.settings import DraftFiles, EngineSettings, plan_engine
 from edgekv.model.card_layout import card_bytes
 from edgekv.model.card_shape import has_kernels, unsupported_on_card
 from edgekv.model.matrix_layout import WeightForm, WeightsName
@@ -41,9 +41,15 @@ class Remedy:
         return f"{self.options}: {self.brings}" if self.options else self.brings
 
 
-def remedies(settings: EngineSettings, spec: "ModelSpec", result: MemoryPlan, table: WeightTable) -> list[Remedy]:
+def remedies(
+    settings: EngineSettings,
+    spec: "ModelSpec",
+    result: MemoryPlan,
+    table: WeightTable,
+    draft: DraftFiles | None = None,
+) -> list[Remedy]:
     """What helps, in the order of what costs least; nothing where the model fits."""
-    return [] if result.fits else list(_Search(settings, spec, result, table).each())
+    return [] if result.fits else list(_Search(settings, spec, result, table, draft).each())
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,7 @@ class _Search:
     spec: "ModelSpec"
     result: MemoryPlan
     table: WeightTable
+    draft: DraftFiles | None
 
     def each(self) -> Iterator[Remedy]:
         yield from self._other_settings()
@@ -69,13 +76,14 @@ class _Search:
         yield from self._smaller_model()
 
     def _plan(self, settings: EngineSettings) -> MemoryPlan:
-        return plan_engine(settings, self.spec, self.table)[1]
+        return plan_engine(settings, self.spec, self.table, self.draft)[1]
 
     def _other_settings(self) -> Iterator[Remedy]:
         settings, result = self.settings, self.result
-        if settings.draft is not None and result.draft is not None:
-            less = format_size(result.draft.num_bytes)
-            yield self._tried("without --draft", f"{less} less", replace(settings, draft=None))
+        if settings.draft is not None:
+            without = replace(settings, draft=None)
+            less = format_size(result.fixed_bytes - self._plan(without).fixed_bytes)
+            yield self._tried("--draft off", f"without the draft, {less} less", without)
         if result.kv_dtype == "float32":
             changed = replace(settings, kv_dtype="bfloat16")
             yield self._tried("--kv-dtype bfloat16", "half the memory for each token", changed)

@@ -22,6 +22,7 @@ from edgekv.actors.latest import Latest
 from edgekv.actors.root import HTTP_GRACE_S, Exit, run_server
 from edgekv.actors.service import ModelCard, Service
 from edgekv.cli.console import stderr, stdout
+from edgekv.cli.draft_view import drafter
 from edgekv.cli.logs import configure_logging
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.config.units import format_size
@@ -29,12 +30,14 @@ from edgekv.core.pressure import PressurePolicy
 from edgekv.core.spill import Headroom
 from edgekv.http.server import serve_http
 from edgekv.http.settings import ApiKey, HttpSettings
+from edgekv.model.hf_config import read_spec
 from edgekv.smi.device import Place, refreshed
 from edgekv.smi.reader import Source
 from edgekv.smi.sources import sources_for
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
+    from edgekv.core.capacity import DraftPlan
     from edgekv.engine.assemble import Assembly
     from edgekv.engine.core import EngineCore
     from edgekv.engine.driver import Progress as Report
@@ -182,6 +185,8 @@ class _Server:
         console.print(owner_table(shares, memory.total_bytes))
         for line in memory.kv.capacity_lines(memory.context_tokens):
             console.print(line)
+        if self._engine.draft is not None:
+            console.print(_drafter(self._engine, memory.draft), markup=False, soft_wrap=True)
         if memory.ceiling_blocks > memory.kv.num_blocks:
             most = memory.ceiling_blocks * memory.kv.block_size
             console.print(f"It may grow to {most:,} tokens when other programs leave the card.")
@@ -204,10 +209,24 @@ class _Server:
             console.file.flush()
 
 
+def _drafter(engine: "EngineSettings", planned: "DraftPlan | None") -> str:
+    """Who proposes tokens, and how many the draft model's pool holds."""
+    draft = engine.draft
+    assert draft is not None
+    spec = None if draft.folder is None else read_spec(draft.folder)
+    told = drafter(draft, spec, "" if planned is None else planned.dtype)
+    return told if planned is None else f"{told}; its pool holds {planned.kv.pool_tokens:,} tokens"
+
+
 def _shares(assembly: "Assembly") -> list[Owned]:
     """Where every byte of the device is: leases first, what is left to others last."""
     memory = assembly.memory
-    how = {"runtime": assembly.runtime_reason}
+    how = {
+        "runtime": assembly.runtime_reason,
+        "weights.draft": "the model that drafts",
+        "workspace.draft": "scratch of its steps",
+        "kv.draft": "given up first when memory is short",
+    }
     shares = [Owned(name, num_bytes, how.get(name, "")) for name, num_bytes in assembly.leases.items()]
     shares.append(Owned("unused", max(0, memory.budget_bytes - sum(assembly.leases.values()))))
     if memory.withheld_bytes:

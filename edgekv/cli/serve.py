@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import typer
 from rich.markup import escape
 
 from edgekv.cli.console import stderr
-from edgekv.cli.models import DEMO, is_model_path, model_name, resolve_model
-from edgekv.demo import target_path
+from edgekv.cli.models import DEMO, DRAFT_HELP, NGRAM, OFF, is_model_path, model_name, resolve_draft, resolve_model
+from edgekv.demo import draft_path, target_path
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
+    from edgekv.engine.draft_settings import DraftSettings
     from edgekv.engine.settings import EngineSettings
     from edgekv.smi.device import Place
 
@@ -28,6 +30,7 @@ def serve(
     model: str | None = typer.Option(
         None, help="A model folder, a .gguf file or 'demo', instead of the configuration's."
     ),
+    draft: str | None = typer.Option(None, help=DRAFT_HELP),
 ) -> None:
     """Serve a model over the OpenAI protocol until Ctrl-C."""
     from edgekv.config.load import load_config
@@ -48,6 +51,8 @@ def serve(
     for warning in warnings:
         stderr().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     name, aliases, engine = served_model(loaded, model)
+    if draft is not None:
+        engine = replace(engine, draft=drafting(draft, engine.draft))
     lease(plan_engine(engine, read_spec(engine.folder))[1])
 
     from edgekv.cli.running import run
@@ -60,23 +65,40 @@ def serve(
 def served_model(
     config: "Config", model: str | None, place: "Place | None" = None
 ) -> tuple[str, tuple[str, ...], "EngineSettings"]:
-    """The one model to serve: `model` if given, else the configuration's, else the demo model.
+    """The one model to serve: `model` if given, else the configuration's, else the demo model, which has its draft.
 
     `place`: where to, instead of the configured device. Returns its name, its aliases and what to build. Raises
     ModelError or ConfigError.
     """
-    from edgekv.config.settings import Model
+    from edgekv.config.settings import Model, ModelDraft
     from edgekv.engine.settings import EngineSettings
     from edgekv.smi.device import choose_place
 
-    if model is not None:
+    if model is None and config.models:
+        name, chosen = next(iter(config.models.items()))
+    elif model is None or model == DEMO:
+        drafted = ModelDraft.model_construct(path=draft_path()) if draft_path().is_dir() else None
+        name, chosen = DEMO, Model.model_construct(path=resolve_model(DEMO), aliases=(), draft=drafted)
+    else:
         path = resolve_model(model)
         name = DEMO if path == target_path() else model_name(path)
         chosen = Model.model_construct(path=path, aliases=())
-    elif config.models:
-        name, chosen = next(iter(config.models.items()))
-    else:
-        name, chosen = DEMO, Model.model_construct(path=resolve_model(DEMO), aliases=())
     if place is None:
         place = choose_place(chosen.device, config.devices)
     return name, chosen.aliases, EngineSettings.from_config(config, chosen, place)
+
+
+def drafting(name: str, configured: "DraftSettings | None") -> "DraftSettings | None":
+    """Who drafts where the command line says "off", "ngram", "demo" or a path; the rest stays as it is configured.
+
+    Raises ModelError.
+    """
+    from edgekv.engine.draft_settings import DraftSettings
+
+    if name == OFF:
+        return None
+    folder = None if name == NGRAM else resolve_draft(name)
+    settings = configured or DraftSettings()
+    if folder is None:
+        return replace(settings, folder=None, kv_dtype=None, kv_budget=None)
+    return replace(settings, folder=folder)

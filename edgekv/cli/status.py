@@ -115,7 +115,7 @@ def _parts(told: Statement, width: int) -> Iterator[RenderableType]:
         yield Text()
         shares = [Owned(name, num_bytes, _how(name, told)) for name, num_bytes in ledger["leases"].items()]
         yield owner_table(shares, ledger["budget_bytes"])
-    lines = [*_ledger_lines(told), *_pool_lines(told)]
+    lines = [*_ledger_lines(told), *_pool_lines(told), *_draft_lines(told)]
     if lines:
         yield Text()
         yield Text("\n".join(lines))
@@ -189,14 +189,46 @@ def _pool_lines(told: Statement) -> Iterator[str]:
     pool = told["pool"]
     if pool is None:
         return
-    total, size = pool["total_blocks"], pool["block_size"]
-    yield (
-        f"pool    {total * size:,} tokens in {total:,} blocks: {pool['active_blocks']:,} in use, "
-        f"{pool['cached_blocks']:,} cached, {pool['free_blocks']:,} free"
-    )
+    yield f"pool    {_blocks(pool)}"
     if "kv_bytes" in pool:
+        drafts = told["speculation"] is not None and told["speculation"]["method"] == "model"
+        beside = " with the draft" if drafts else ""
         yield (
-            f"        {format_size(pool['kv_bytes'])}, from {format_size(pool['floor_bytes'])} to "
+            f"        {format_size(pool['kv_bytes'])}{beside}, from {format_size(pool['floor_bytes'])} to "
             f"{format_size(pool['ceiling_bytes'])}; gave back {format_size(pool['given_back_bytes'])}, "
             f"took {format_size(pool['taken_bytes'])}"
         )
+
+
+def _draft_lines(told: Statement) -> Iterator[str]:
+    draft = told["speculation"]
+    if draft is None:
+        return
+    who = "n-grams" if draft["method"] == "ngram" else "a model"
+    measured = []
+    if draft["acceptance"] is not None:
+        measured.append(f"{draft['tokens']:.1f} tokens proposed at once, {100 * draft['acceptance']:.0f} % accepted")
+    if draft["speedup"] is not None:
+        measured.append(f"{draft['speedup']:.2f}x as fast as without")
+    why = draft["detail"] or ", ".join(measured) or "nothing was measured yet"
+    yield f"draft   {who}, {draft['state']}: {why}"
+    if draft["detail"] and measured:
+        yield f"        lately {', '.join(measured)}"
+    pool = draft["pool"]
+    if pool is not None and pool["total_blocks"]:
+        yield f"        {_blocks(pool)}"
+    counts = [
+        f"{done} {draft[name]:,} time{'s' if draft[name] > 1 else ''}"
+        for name, done in (("pauses", "paused"), ("yields", "gave its memory back"), ("returns", "took it again"))
+        if draft[name]
+    ]
+    if counts:
+        yield f"        {', '.join(counts)}"
+
+
+def _blocks(pool: dict[str, Any]) -> str:
+    total, size = pool["total_blocks"], pool["block_size"]
+    return (
+        f"{total * size:,} tokens in {total:,} blocks: {pool['active_blocks']:,} in use, "
+        f"{pool['cached_blocks']:,} cached, {pool['free_blocks']:,} free"
+    )

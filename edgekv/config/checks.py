@@ -3,6 +3,7 @@
 import difflib
 import ipaddress
 from collections.abc import Iterable
+from pathlib import Path as FilePath
 
 from edgekv.config.document import Document, Fault, Path, Value
 from edgekv.config.model_path import LAYOUTS, gguf_at
@@ -13,11 +14,8 @@ from edgekv.errors import ModelError
 NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
     ("kv", "tier"),
     ("logging", "prompts"),
-    ("models", "*", "draft"),
 )
 NOT_YET_VALUES: tuple[tuple[tuple[str, ...], frozenset[str]], ...] = (
-    (("kv", "dtype"), frozenset({"fp8", "int4"})),
-    (("models", "*", "kv", "dtype"), frozenset({"fp8", "int4"})),
     (("models", "*", "load"), frozenset({"on-demand"})),
 )
 
@@ -54,8 +52,9 @@ def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> I
         if model.device not in devices:
             hint = _did_you_mean(model.device, devices)
             yield ("models", name, "device"), f"no device {model.device!r}: name one of {', '.join(devices)}{hint}"
-        if files and (fault := _no_model(model)):
+        if files and (fault := _no_model(model.path)):
             yield ("models", name, "path"), fault
+        yield from _draft(written, name, model, files=files)
         yield from _pinned(config, written, name, model, files=files)
 
 
@@ -121,9 +120,24 @@ def _pinned(
         yield ("models", model_name, "pinned_prompts"), "they live in the prefix cache, and kv.prefix_cache is off"
 
 
-def _no_model(model: Model) -> str:
+def _draft(written: dict[str, Value], model_name: str, model: Model, *, files: bool) -> Iterable[tuple[Path, str]]:
+    draft, where = model.draft, ("models", model_name, "draft")
+    if draft is None:
+        return
+    given = _keys(written, where)
+    if "method" in given - draft.model_fields_set:
+        return  # whatever else it needs depends on that
+    if draft.method == "model" and "path" not in given:
+        yield where, "which model drafts? Give its 'path', or set 'method: ngram'"
+    if draft.method == "ngram":
+        for key in sorted(given & {"path", "kv"}):
+            yield (*where, key), "n-grams need no model and no memory for one: leave it out, or set 'method: model'"
+    elif files and draft.path is not None and (fault := _no_model(draft.path)):
+        yield (*where, "path"), fault
+
+
+def _no_model(path: FilePath) -> str:
     """Why the path is none of a model; "" where it is one, as far as can be told without reading it."""
-    path = model.path
     try:
         file = gguf_at(path)
         if file is None:

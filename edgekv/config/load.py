@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from edgekv.config.checks import cross_checks, take_out_unavailable
 from edgekv.config.document import MAX_DEPTH, Document, Fault, parse_document
 from edgekv.config.document import Path as Where
 from edgekv.config.overrides import apply_environment, apply_settings, interpolate
-from edgekv.config.settings import Config
+from edgekv.config.settings import Config, section_of
 from edgekv.errors import ConfigError
 
 
@@ -190,11 +190,10 @@ def _shown(value: object) -> str:
 def _known_keys(path: Where) -> list[str]:
     annotation: Any = Config
     for part in path:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields = {info.alias or name: info for name, info in annotation.model_fields.items()}
+        if (section := section_of(annotation)) is not None:
+            fields = {info.alias or name: info for name, info in section.model_fields.items()}
             annotation = fields[str(part)].annotation if part in fields else None
         else:
             annotation = get_args(annotation)[-1 if isinstance(part, str) else 0]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [info.alias or name for name, info in annotation.model_fields.items()]
-    return []
+    section = section_of(annotation)
+    return [] if section is None else [info.alias or name for name, info in section.model_fields.items()]

@@ -9,10 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel
-
 from edgekv.config.document import Document, Fault, Path, Place, Value, parse_document, parse_scalar
-from edgekv.config.settings import Config
+from edgekv.config.settings import Config, section_of
 
 ENV_PREFIX = "EDGEKV_"
 # No settings: what `edgekv status` presents, and where the CPU kernels come from.
@@ -122,8 +120,8 @@ def _place_value(document: Document, path: tuple[str, ...], text: str, source: s
 def _exists(path: tuple[str, ...]) -> bool:
     annotation: Any = Config
     for part in path:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields = {info.alias or name: info for name, info in annotation.model_fields.items()}
+        if (section := section_of(annotation)) is not None:
+            fields = {info.alias or name: info for name, info in section.model_fields.items()}
             if part not in fields:
                 return False
             annotation = fields[part].annotation
@@ -136,10 +134,10 @@ def _exists(path: tuple[str, ...]) -> bool:
 
 def _variables() -> list[str]:
     def walk(annotation: Any, prefix: str) -> list[str]:
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if (section := section_of(annotation)) is None:
             return [prefix]
         names: list[str] = []
-        for name, info in annotation.model_fields.items():
+        for name, info in section.model_fields.items():
             separator = "" if prefix == ENV_PREFIX else "__"
             names += walk(info.annotation, f"{prefix}{separator}{(info.alias or name).upper()}")
         return names

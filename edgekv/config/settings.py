@@ -4,7 +4,8 @@ Names in the file carry their unit in the value (`stall: 30s`), names in code ca
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, WithJsonSchema
 
@@ -90,6 +91,7 @@ KVDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4
 PriorityName = Literal["interactive", "batch"]
 
 PRIORITY_LEVELS: dict[PriorityName, int] = {"interactive": 0, "batch": 10}
+MAX_PROPOSED = 16
 MAX_PINNED = 64
 MAX_PINNED_BYTES = 1 * MIB
 
@@ -98,6 +100,14 @@ class Section(BaseModel):
     """Base of every part of the configuration: unknown keys are errors, values are never converted silently."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False, validate_by_name=False)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, which may be left out; None for a field that is none."""
+    for part in (annotation, *get_args(annotation)) if isinstance(annotation, UnionType) else (annotation,):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
 
 
 class ApiKey(Section):
@@ -168,6 +178,31 @@ class ModelKV(Section):
     budget: Budget | None = None
 
 
+class DraftKV(Section):
+    """The KV cache of a draft model, which is a pool of its own."""
+
+    dtype: KVDtype = Field("auto", description="auto: what the draft computes in")
+    budget: Budget = Field("auto", description="memory of the draft's KV pool")
+
+
+class ModelDraft(Section):
+    """Who proposes tokens that the model then verifies several at a time; outputs stay what they are without."""
+
+    method: Literal["model", "ngram"] = Field(
+        "model", description="model: a smaller model with the same tokenizer; ngram: what followed in the text before"
+    )
+    path: FilePath | None = Field(
+        None, description="the draft model: a folder in Hugging Face's layout, or a .gguf file"
+    )
+    tokens: int = Field(
+        8, ge=1, le=MAX_PROPOSED, description="the most proposed for a sequence at once; how many pay is measured"
+    )
+    kv: DraftKV = Field(default_factory=DraftKV)
+    min_acceptance: float = Field(
+        0.0, ge=0, le=1, description="where the first token proposed is right less often, none are, whatever they save"
+    )
+
+
 class PinnedPrompt(Section):
     """The beginning of many prompts, computed when the model loads and never evicted while it lives."""
 
@@ -197,6 +232,7 @@ class Model(Section):
         "auto", description="auto: as the checkpoint has them; int8, int4: quantised as they are loaded, on the CPU"
     )
     kv: ModelKV = Field(default_factory=ModelKV)
+    draft: ModelDraft | None = Field(None, description="who proposes tokens for it to verify; none: nobody")
     max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
     max_step_tokens: int = Field(512, ge=16, le=32768, description="tokens in one step; longer prompts come in chunks")
     pinned_prompts: tuple[PinnedPrompt, ...] = Field(

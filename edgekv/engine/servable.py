@@ -6,6 +6,7 @@ Runs in: anywhere (no torch; calls may block); owns: nothing.
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path as FilePath
 
 from edgekv.config.document import Path
 from edgekv.config.model_path import gguf_at
@@ -18,6 +19,8 @@ from edgekv.model.hf_config import read_spec
 from edgekv.model.no_weights import has_weights, no_weights
 from edgekv.model.quantised_before import quantised_before
 from edgekv.smi.device import Place, choose_place
+from edgekv.text.same_vocabulary import check_same_vocabulary
+from edgekv.text.tokenizer import load_tokenizer
 
 
 def unservable(config: Config) -> Iterator[tuple[Path, str]]:
@@ -27,8 +30,18 @@ def unservable(config: Config) -> Iterator[tuple[Path, str]]:
     """
     for name, model in config.models.items():
         yield from _faults(config, model, ("models", name))
+        yield from _draft_faults(config, model, ("models", name, "draft"))
     if not config.models:
         yield from _faults(config, Model.model_construct(path=target_path(), aliases=()), ("models", "demo"))
+
+
+def check_drafts_tokens(model: FilePath, draft: FilePath) -> None:
+    """Raise ModelError where the draft's token ids are not the model's, as far as both have a tokenizer."""
+    try:
+        tokenizers = load_tokenizer(model), load_tokenizer(draft)
+    except ModelError:
+        return
+    check_same_vocabulary(*tokenizers)
 
 
 def _faults(config: Config, model: Model, where: Path) -> Iterator[tuple[Path, str]]:
@@ -56,6 +69,29 @@ def _faults(config: Config, model: Model, where: Path) -> Iterator[tuple[Path, s
     for setting, value in needs.items():
         if (lacking := why_not_served(settings, spec, setting)) is not None:
             yield paths[setting], NotServedHere(setting, value, lacking).advice
+
+
+def _draft_faults(config: Config, model: Model, where: Path) -> Iterator[tuple[Path, str]]:
+    if model.draft is None or model.draft.path is None:
+        return
+    folder = model.draft.path
+    try:
+        spec = read_spec(folder)
+        if gguf_at(folder) is None and not has_weights(folder):
+            raise no_weights(folder)
+        check_drafts_tokens(model.path, folder)
+    except ModelError as error:
+        yield (*where, "path"), str(error)
+        return
+    if model.draft.kv.dtype == "auto":
+        return
+    asked = EngineSettings(
+        folder, _place(config, model), kv_dtype=model.draft.kv.dtype, block_size=config.kv.block_size
+    )
+    for setting, value in not_served(asked, native=False):
+        name = f"draft.{setting}"
+        if (lacking := why_not_served(asked, spec, name)) is not None:
+            yield (*where, "kv", "dtype"), NotServedHere(name, value, lacking).advice
 
 
 def _place(config: Config, model: Model) -> Place:

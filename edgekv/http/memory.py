@@ -5,6 +5,7 @@ from typing import Any
 from edgekv.actors.service import MemoryView
 from edgekv.core.reading import Reading
 from edgekv.core.step import EngineStats, MemoryStats, PoolStats
+from edgekv.http.speculation import speculation_json
 
 UNLEASED, OTHERS, FREE = "unleased", "others", "free"
 
@@ -51,6 +52,7 @@ def memory_json(view: MemoryView | None, stats: EngineStats | None) -> dict[str,
         },
         "ledger": None if memory is None else _ledger(memory),
         "pool": None if pool is None else _pool(pool, memory),
+        "speculation": speculation_json(stats),
         "events": [
             {"at": event.at, "kind": event.kind, "num_bytes": event.num_bytes, "detail": event.detail}
             for event in (() if view is None else view.events)

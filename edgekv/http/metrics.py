@@ -15,6 +15,7 @@ from edgekv.actors.service import MemoryView
 from edgekv.core.spill import State
 from edgekv.core.step import EngineStats
 from edgekv.http.memory import owners
+from edgekv.http.speculation import speculation_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -164,6 +165,7 @@ class _EngineCollector(Collector):
         for reason, count in stats.misses.items():
             misses.add_metric([model, reason], count)
         yield misses
+        yield from speculation_metrics(model, stats)
 
 
 class _MemoryCollector(Collector):
@@ -194,12 +196,14 @@ class _MemoryCollector(Collector):
             yield _gauges("edgekv_device_state", "1 for the device's present state.", "state", states)
         if memory is not None:
             yield _gauge("edgekv_ledger_budget_bytes", "The most that may be leased.", memory.budget_bytes)
-            yield _gauge("edgekv_kv_ceiling_bytes", "The most that the KV pool may have.", memory.facts.ceiling_bytes)
+            yield _gauge(
+                "edgekv_kv_ceiling_bytes", "The most that KV pool and draft may have.", memory.facts.ceiling_bytes
+            )
             given_back, taken = memory.facts.given_back_bytes, memory.facts.taken_bytes
             yield CounterMetricFamily(
-                "edgekv_pool_given_back_bytes", "Memory that the KV pool has given back.", value=given_back
+                "edgekv_pool_given_back_bytes", "Memory that KV pool and draft have given back.", value=given_back
             )
-            yield CounterMetricFamily("edgekv_pool_taken_bytes", "Memory that it has taken again.", value=taken)
+            yield CounterMetricFamily("edgekv_pool_taken_bytes", "Memory that they have taken again.", value=taken)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

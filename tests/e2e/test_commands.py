@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
+PLAN = ("plan", str(draft_path()), "--device", "cpu", "--draft", "demo")
+DRAFT_LEASES = ("weights.draft", "workspace.draft", "kv.draft")
+
+
 def edgekv(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edgekv", *arguments]
     return subprocess.run(command, input=text, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
@@ -59,7 +63,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    server = Served("--model", str(draft_path()))
+    server = Served("--model", str(draft_path()), "--draft", "demo")
     yield server
     server.stop()
 
@@ -70,21 +74,22 @@ def test_it_tells_what_a_person_needs(served: Served) -> None:
     assert re.search(r"^Maximum concurrency for [\d,]+ tokens per request: \d+\.\d\dx$", text, re.MULTILINE)
     assert f"curl {served.url.removesuffix('/v1')}/v1/chat/completions" in text
     owners = {word for line in served.lines for word in line.split()[1:2]}
-    assert owners >= {"runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others"}
+    assert owners >= {"runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others", *DRAFT_LEASES}
+    assert re.search(r"^draft: LlamaForCausalLM, .*; its pool holds [\d,]+ tokens$", text, re.MULTILINE)
     assert any(line.startswith("loading: ") for line in served.errors)
 
 
 def test_what_was_planned_is_what_was_loaded(served: Served) -> None:
-    plan = json.loads(edgekv("plan", str(draft_path()), "--device", "cpu", "--json").stdout)
+    plan = json.loads(edgekv(*PLAN, "--json").stdout)
     loaded = int(re.sub(r"\D", "", next(line for line in served.lines if line.startswith("GPU KV cache size"))))
     assert loaded == pytest.approx(plan["kv"]["pool_tokens"], rel=0.01)
 
 
 def test_what_was_planned_is_what_the_ledger_holds(served: Served) -> None:
-    plan = json.loads(edgekv("plan", str(draft_path()), "--device", "cpu", "--json").stdout)
+    plan = json.loads(edgekv(*PLAN, "--json").stdout)
     told = json.loads(edgekv("status", "--url", served.url, "--json").stdout)
     leases = told["ledger"]["leases"]
-    for name in ("weights", "workspace", "kv.target"):
+    for name in ("weights", "workspace", "kv.target", *DRAFT_LEASES):
         assert leases[name] == pytest.approx(plan["leases"][name], rel=0.01), name
     assert told["ledger"]["leased_bytes"] == sum(leases.values()) <= told["ledger"]["budget_bytes"]
 
@@ -96,7 +101,11 @@ def test_status_tells_who_owns_the_memory(served: Served) -> None:
     told = json.loads(edgekv("status", "--url", served.url, "--json").stdout)
     assert told["state"] == "ok"
     assert sum(told["owners"].values()) == pytest.approx(told["reading"]["total_bytes"], rel=0.01)
-    assert told["owners"]["kv.target"] == told["pool"]["kv_bytes"] > 0
+    elastic = [told["owners"][name] for name in ("kv.target", *DRAFT_LEASES)]
+    assert sum(elastic) == told["pool"]["kv_bytes"]
+    assert min(elastic) > 0
+    assert (told["speculation"]["method"], told["speculation"]["state"]) == ("model", "on")
+    assert "\ndraft   a model, on: " in shown.stdout
 
 
 def test_status_without_a_server_is_one_line_and_exit_code_1() -> None:

@@ -12,7 +12,7 @@ import trio
 from edgekv.actors.service import Health, MemoryView, ModelCard, SequenceDraft
 from edgekv.actors.stream import Failed, TokenStream
 from edgekv.core.sequence import FinishReason
-from edgekv.core.step import EngineStats, Finished, PoolStats, Sampled, Started, TokenOut
+from edgekv.core.step import EngineStats, Finished, PoolStats, Sampled, SpeculationStats, Started, TokenOut
 from edgekv.errors import ContextLengthExceeded
 from edgekv.http.app import build_app
 from edgekv.http.server import serve_http
@@ -104,6 +104,7 @@ class ScriptedService:
     miss: str | None = None
     failure: Failed = field(default_factory=partial(Failed, "device_lost", "The card is gone."))
     watched: MemoryView | None = None
+    speculation: SpeculationStats | None = None
     degraded: str = ""
     fails_after: int | None = None
     ends_with: FinishReason | None = None
@@ -139,6 +140,9 @@ class ScriptedService:
             prompt_tokens=self.counts["prompt"],
             generated_tokens=self.counts["generated"],
             misses={"cold": 1},
+            proposed_tokens=50,
+            accepted_tokens=31,
+            speculation=self.speculation,
         )
 
     async def open(self, drafts: Sequence[SequenceDraft]) -> list[TokenStream]:

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekv.cli.app import app
-from edgekv.demo import target_path
+from edgekv.demo import draft_path, target_path
+from edgekv.engine.kernel_needs import NotServedHere
 from edgekv.errors import ConfigError
 from edgekv.kernels.cpu.library import VARIABLE
 
@@ -48,6 +49,35 @@ def test_the_variable_is_a_cause_and_no_unknown_setting(file: Path, monkeypatch:
     fine = run(app, ["check", str(file), "--set", "kv.dtype=auto", "--set", "models.m.weights=auto"])
     assert (fine.exit_code, fine.stderr) == (0, "")
     assert "is fine: serves m on" in fine.stdout
+
+
+def test_a_draft_that_could_not_be_served_is_a_fault_too(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text((draft_path() / "config.json").read_text())
+    fine = ["kv.dtype=auto", "kv.block_size=16", "models.m.weights=auto"]
+    drafts = [f"models.m.draft.path={draft_path()}", "models.m.draft.kv.dtype=fp8"]
+    [told] = faults(file, *fine, *drafts)
+    assert told.startswith(
+        "--set models.m.draft.kv.dtype: error: models.m.draft.kv.dtype: fp8 needs a card's kernels, "
+    )
+    assert told.endswith("Set draft.kv.dtype to int8; or set draft.kv.dtype to auto")
+    [told] = faults(file, *fine, "models.m.draft.path=draft")
+    assert told.startswith("--set models.m.draft.path: error: models.m.draft.path: ")
+    assert "holds neither model.safetensors nor" in told
+    options = [part for setting in (*fine, *drafts[:1]) for part in ("--set", setting)]
+    assert run(app, ["check", str(file), *options]).exit_code == 0
+
+
+def test_formats_of_cards_are_refused_where_the_model_goes_to_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for dtype in ("fp8", "int4"):
+        file.write_text(f"models: {{m: {{path: {target_path()}, device: cpu, kv: {{dtype: {dtype}}}}}}}\n")
+        needs = f"{dtype} needs a card's kernels, but this model runs on the CPU. Set kv.dtype to int8; or set "
+        [told] = faults(file)
+        assert f"error: models.m.kv.dtype: {needs}" in told
+        served = run(app, ["serve", str(file), "--port", "0"])
+        assert (served.exit_code, isinstance(served.exception, NotServedHere)) == (1, True)
+        assert str(served.exception).startswith(f"kv.dtype: {needs}")
 
 
 def test_a_model_without_weights_is_a_fault(file: Path, tmp_path: Path) -> None:

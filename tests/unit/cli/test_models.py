@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekv.cli.app import app
-from edgekv.cli.models import is_model_path, model_name, resolve_model
+from edgekv.cli.models import is_model_path, model_name, resolve_draft, resolve_model
 from edgekv.cli.serve import served_model
 from edgekv.config.settings import Config
-from edgekv.demo import target_path
+from edgekv.demo import draft_path, target_path
 from edgekv.errors import ModelError
 from tests.model.gguf_files import make_gguf
 from tests.model.tiny_models import make_tiny
@@ -49,6 +49,15 @@ def test_what_is_no_model_is_told(name: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve_model(str(tmp_path / name))
     assert told in str(caught.value)
+
+
+def test_a_draft_is_called_as_models_are(file: Path, tmp_path: Path) -> None:
+    assert resolve_draft("demo") == draft_path()
+    assert resolve_draft(str(file)) == file
+    with pytest.raises(ModelError) as caught:
+        resolve_draft(str(tmp_path / "ngrams"))
+    told = "no such folder; give a folder in Hugging Face's layout or a .gguf file, or 'demo', 'ngram', 'off'"
+    assert str(caught.value) == f"--draft {tmp_path / 'ngrams'}: {told}"
 
 
 def test_a_model_without_a_name_is_called_after_its_file(file: Path) -> None:

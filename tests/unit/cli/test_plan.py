@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 
 from edgekv.cli.app import app
 from edgekv.cli.owners import LOOKS, Owned, owner_bar
-from edgekv.core.capacity import Draft
 from edgekv.demo import draft_path, target_path
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.no_room import KVBudgetTooLarge
 from edgekv.engine.pinned import PinnedPromptRefused
-from edgekv.engine.settings import EngineSettings, lease, plan_engine, weigh
+from edgekv.engine.settings import EngineSettings, lease, plan_engine
 from edgekv.model.hf_config import read_spec
-from edgekv.model.weight_table import read_weight_table
 from edgekv.smi.device import Place
 from tests.unit.cli.shapes import LLAMA_3_8B, MISTRAL_7B, write_shape
 
@@ -66,11 +65,12 @@ def test_the_printed_owners_are_those_of_the_ledger_and_add_up(llama: Path) -> N
     rows = dict(re.findall(r"^\S\S  ([a-z.]+) +([\d,]+) ", text, re.MULTILINE))
     shares = {name: int(num_bytes.replace(",", "")) for name, num_bytes in rows.items()}
     assert list(shares) == [
-        "runtime", "weights", "workspace", "graphs", "weights.draft", "kv.draft", "kv.target", "unused", "headroom",
-        "others",
+        "runtime", "weights", "workspace", "graphs", "weights.draft", "workspace.draft", "kv.draft", "kv.target",
+        "unused", "headroom", "others",
     ]  # fmt: skip
     assert sum(shares.values()) == 24 * GIB
     assert shares["others"] == GIB
+    assert "??" not in text, "each has a look of its own"
     plan = planned(llama, "--vram", "24GiB", "--others", "1GiB", "--draft", "demo")
     assert {name: shares[name] for name in plan["leases"]} == plan["leases"]
 
@@ -104,10 +104,7 @@ def test_what_is_planned_is_what_is_leased(
         kv_dtype=None if kv_dtype == "auto" else kv_dtype,  # type: ignore[arg-type]
     )
     if drafted:
-        spec = read_spec(draft_path())
-        alone = EngineSettings(draft_path(), place)
-        choice, weights = weigh(alone, spec, read_weight_table(draft_path(), spec), native=True)
-        settings = replace(settings, draft=Draft(spec, choice.name, weights=weights))
+        settings = replace(settings, draft=DraftSettings(draft_path()))
     ledger = lease(plan_engine(settings, read_spec(folder))[1])
     assert ledger.statement() == plan["leases"]
     assert ledger.budget_bytes == plan["budget_bytes"]
@@ -224,7 +221,10 @@ def test_a_window_is_noted_with_what_it_could_save(mistral: Path) -> None:
             ["--vram", "24GiB", "--kv-budget", "40%"],
             ["a KV pool of 9.60 GiB is ", " more than there is room for", "MiB: all that there is room for; the pool"],
         ),
-        (["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"], ["without --draft: 1.00 GiB less; the pool"]),
+        (
+            ["--vram", "18.5GiB", "--draft", "demo", "--draft-kv", "1GiB"],
+            ["✓ --draft off: without the draft, ", " GiB less; the pool would hold "],
+        ),
         (
             ["--vram", "24GiB", "--others", "7GiB"],
             ["closing other programs, which hold 7.00 GiB, would do", "a model of at most 7.4 B parameters kept as"],
@@ -256,10 +256,9 @@ def test_every_remedy_that_is_ticked_works(llama: Path, options: list[str]) -> N
     for made in remedies:
         budgets = ("512MiB", "40%")
         changed = [option for option in options if option not in budgets] if "budget" in made["options"] else options
-        if made["options"] == "without --draft":
-            changed, added = changed[:2], []
-        else:
-            added = made["options"].split()
+        added = made["options"].split()
+        if added == ["--draft", "off"]:
+            changed = changed[:2]
         changed = [option for option in changed if option != "--kv-budget" or "budget" not in made["options"]]
         assert planned(llama, *changed, *added)["fits"], made
 
@@ -286,7 +285,10 @@ def test_the_longest_context_that_fits_is_the_longest(llama: Path) -> None:
     "options",
     [
         ["--vram", "16"], ["--kv-dtype", "fp9"], ["--kv-budget", "x"], ["--device", "tpu"],
-        ["--draft-kv", "1GiB"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"], ["--weights", "int3"],
+        ["--draft-kv", "1GiB"], ["--draft-tokens", "4"], ["--draft", "off", "--draft-kv", "1GiB"],
+        ["--draft", "ngram", "--draft-kv", "1GiB"], ["--draft", "demo", "--draft-tokens", "17"],
+        ["--draft", "demo", "--draft-kv", "x"], ["--others", "1GiB"], ["--vram", "1GiB", "--others", "2GiB"],
+        ["--weights", "int3"],
     ],
 )  # fmt: skip
 def test_a_bad_option_is_refused(llama: Path, options: list[str]) -> None:

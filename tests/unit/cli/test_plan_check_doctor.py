@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from edgekv.cli import doctor as doctor_module
 from edgekv.cli.app import app
 from edgekv.cli.doctor import examine
-from edgekv.demo import target_path
+from edgekv.demo import draft_path, target_path
 
 run = CliRunner().invoke
 
@@ -30,6 +30,8 @@ def llama(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
     asked = f"kv: {{dtype: int8}}\nmodels: {{m: {{path: {target_path()}, weights: int4}}}}\n"
     (tmp_path / "asked.yaml").write_text(asked)
+    drafted = f"models: {{m: {{path: {target_path()}, draft: {{path: {draft_path()}}}}}}}\n"
+    (tmp_path / "drafted.yaml").write_text(drafted)
     return tmp_path
 
 
@@ -53,6 +55,8 @@ def test_check_prints_every_fault_as_json_too(tmp_path: Path) -> None:
         ["plan", "{llama}", "--device", "cpu"],
         ["plan", "{llama}", "--card", "RTX 4090", "--draft", "demo"],
         ["plan", "config.yaml", "--vram", "8GiB"],
+        ["plan", "demo", "--device", "cpu"],
+        ["check", "{llama}/drafted.yaml"],
         ["doctor", "--json"],
     ],
 )

@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import trio
+from typer.testing import CliRunner
 
 from edgekv.actors.root import Exit
 from edgekv.cli import running
-from edgekv.cli.running import _measured_again, _Server, _shares, _spin_briefly, http_settings
-from edgekv.cli.serve import served_model
+from edgekv.cli.app import app
+from edgekv.cli.running import _drafter, _measured_again, _Server, _shares, _spin_briefly, http_settings
+from edgekv.cli.serve import drafting, served_model
 from edgekv.config.settings import Config
 from edgekv.core.capacity import GIB, MIB
 from edgekv.core.reading import Reading
 from edgekv.core.spill import Headroom
 from edgekv.demo import draft_path, target_path
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV
 from edgekv.engine.settings import ContextTooLong, EngineSettings, lease, plan_engine
 from edgekv.errors import ModelError
@@ -93,10 +96,42 @@ def test_the_model_that_is_served(tmp_path: Path) -> None:
         served_model(config, str(tmp_path / "absent"))
 
 
-def test_without_a_model_it_is_the_demo() -> None:
+def test_without_a_model_it_is_the_demo_with_its_draft() -> None:
     name, _, settings = served_model(Config(), None)
     assert (name, settings.folder) == ("demo", target_path())
-    assert served_model(Config(), "demo")[0] == "demo"
+    assert settings.draft == DraftSettings(draft_path())
+    assert served_model(Config(), "demo")[::2] == ("demo", settings)
+    assert served_model(Config(), str(target_path()))[2].draft is None
+    config = configured(models={"m": {"path": str(target_path())}})
+    assert served_model(config, None)[2].draft is None
+
+
+def test_the_command_line_says_who_drafts() -> None:
+    mine = DraftSettings(Path("/d"), tokens=3, kv_dtype="int8", kv_budget=GIB, min_acceptance=0.5)
+    assert drafting("off", mine) is drafting("off", None) is None
+    assert drafting("ngram", mine) == DraftSettings(None, tokens=3, min_acceptance=0.5)
+    assert drafting("demo", mine) == replace(mine, folder=draft_path())
+    assert drafting(str(target_path()), None) == DraftSettings(target_path())
+
+
+def test_serve_builds_what_its_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[EngineSettings] = []
+
+    def run(config: Config, name: str, aliases: tuple[str, ...], engine: EngineSettings) -> int:
+        built.append(engine)
+        return 0
+
+    monkeypatch.setattr(running, "run", run)
+    for options, folder in (([], draft_path()), (["--draft", str(target_path())], target_path())):
+        assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+        assert built.pop().draft == DraftSettings(folder)
+    assert CliRunner().invoke(app, ["serve", "--draft", "off"]).exit_code == 0
+    assert built.pop().draft is None
+    assert CliRunner().invoke(app, ["serve", str(draft_path()), "--draft", "ngram"]).exit_code == 0
+    assert built.pop().draft == DraftSettings(None)
+    refused = CliRunner().invoke(app, ["serve", "--draft", "/nowhere"])
+    assert (refused.exit_code, isinstance(refused.exception, ModelError), built) == (1, True, [])
+    assert str(refused.exception).startswith("--draft /nowhere: no such folder; ")
 
 
 def test_the_device_says_what_is_left_to_others() -> None:
@@ -184,6 +219,18 @@ def test_the_summary_says_where_every_byte_of_the_device_is() -> None:
         "runtime", "weights", "workspace", "kv.target", "unused", "headroom", "others",
     ]  # fmt: skip
     assert sum(share.num_bytes for share in shares) == 8 * GIB
+
+
+def test_the_summary_says_who_drafts() -> None:
+    asked = EngineSettings(target_path(), CPU, draft=DraftSettings(draft_path(), tokens=1, kv_budget=MIB))
+    told = _drafter(asked, plan_engine(asked, read_spec(target_path()))[1].draft)
+    assert told == (
+        "draft: LlamaForCausalLM, 0.6 M parameters, in float32; proposes up to 1 token for a sequence at once; "
+        "its pool holds 1,024 tokens"
+    )
+    ngrams = replace(asked, draft=DraftSettings())
+    told = _drafter(ngrams, plan_engine(ngrams, read_spec(target_path()))[1].draft)
+    assert told == "n-grams propose up to 8 tokens for a sequence at once, as they followed earlier in its text"
 
 
 def test_the_endpoint_gets_what_was_configured() -> None:

@@ -18,7 +18,7 @@ from edgekv.cli.status import NoStatement, fetch, view
 from edgekv.core.pressure import Decision, PoolFacts
 from edgekv.core.reading import Holder, Reading
 from edgekv.core.spill import Condition, State
-from edgekv.core.step import EngineStats, MemoryStats, PoolStats
+from edgekv.core.step import EngineStats, MemoryStats, PoolStats, SpeculationState, SpeculationStats
 from edgekv.http.memory import memory_json
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -44,7 +44,7 @@ WATCHED = MemoryView(
     ),
     memory=MEMORY,
     pool=POOL,
-    events=(MemoryEvent(1_700_000_000.0, "shrunk", 2 * GIB, "gave 2.00 GiB of KV cache back: others took 2.00 GiB"),),
+    events=(MemoryEvent(1_700_000_000.0, "shrunk", 2 * GIB, "gave 2.00 GiB back: others took 2.00 GiB"),),
 )  # fmt: skip
 
 
@@ -87,7 +87,53 @@ def test_it_says_what_was_given_back_and_what_is_held() -> None:
         "        6.00 GiB, from 128.00 MiB to 8.00 GiB; gave back 2.00 GiB, took 1.00 GiB",
     ):
         assert line in text.splitlines()
-    assert "shrunk      gave 2.00 GiB of KV cache back: others took 2.00 GiB" in text
+    assert "shrunk      gave 2.00 GiB back: others took 2.00 GiB" in text
+
+
+DRAFTS = SpeculationStats(
+    "model", SpeculationState.ON, tokens=3.42, acceptance=0.624, speedup=1.52, verifications=9,
+    pool=PoolStats(total_blocks=2000, free_blocks=1200, cached_blocks=790, active_blocks=10, block_size=16),
+)  # fmt: skip
+
+
+def drafting(stats: SpeculationStats, width: int = 100) -> list[str]:
+    """The lines on who drafts."""
+    lines = printed(WATCHED, EngineStats(POOL, 0, 0, speculation=stats), width).splitlines()
+    begin = next(index for index, line in enumerate(lines) if line.startswith("draft "))
+    return lines[begin : lines.index("", begin)]
+
+
+def test_it_says_how_speculation_goes() -> None:
+    assert drafting(DRAFTS) == [
+        "draft   a model, on: 3.4 tokens proposed at once, 62 % accepted, 1.52x as fast as without",
+        "        32,000 tokens in 2,000 blocks: 10 in use, 790 cached, 1,200 free",
+    ]
+    fresh = replace(DRAFTS, acceptance=None, speedup=None, method="ngram", pool=None)
+    assert drafting(fresh) == ["draft   n-grams, on: nothing was measured yet"]
+
+
+def test_it_says_why_nothing_is_proposed() -> None:
+    paused = replace(DRAFTS, state=SpeculationState.PAUSED, detail="proposals do not pay", pauses=1)
+    assert drafting(paused) == [
+        "draft   a model, paused: proposals do not pay",
+        "        lately 3.4 tokens proposed at once, 62 % accepted, 1.52x as fast as without",
+        "        32,000 tokens in 2,000 blocks: 10 in use, 790 cached, 1,200 free",
+        "        paused 1 time",
+    ]
+    yielded = replace(
+        paused, state=SpeculationState.YIELDED, detail="its memory was given back", acceptance=None, speedup=None,
+        yields=3, returns=2, pool=PoolStats(0, 0, 0, 0, 16),
+    )  # fmt: skip
+    assert drafting(yielded) == [
+        "draft   a model, yielded: its memory was given back",
+        "        paused 1 time, gave its memory back 3 times, took it again 2 times",
+    ]
+
+
+def test_what_the_draft_holds_is_told_with_the_pool() -> None:
+    held = "        6.00 GiB{}, from 128.00 MiB to 8.00 GiB; gave back 2.00 GiB, took 1.00 GiB"
+    for stats, beside in ((DRAFTS, " with the draft"), (replace(DRAFTS, method="ngram", pool=None), "")):
+        assert held.format(beside) in printed(WATCHED, EngineStats(POOL, 0, 0, speculation=stats)).splitlines()
 
 
 def test_what_is_not_known_is_left_out() -> None:
@@ -205,3 +251,5 @@ def test_one_json_document_cannot_be_followed() -> None:
 
 def test_on_a_narrow_terminal_nothing_is_cut_off() -> None:
     assert "…" not in printed(WATCHED, width=60)
+    drafts = EngineStats(POOL, 0, 0, speculation=DRAFTS)
+    assert "…" not in printed(WATCHED, drafts, width=60)

@@ -11,6 +11,7 @@ import edgekv
 from edgekv.config.load import json_schema, load_config
 from edgekv.config.settings import Config, Model
 from edgekv.config.units import GIB, MIB, Share
+from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.settings import EngineSettings
 from edgekv.errors import ConfigError
 from edgekv.kernels.cpu.library import VARIABLE
@@ -93,14 +94,14 @@ def test_all_faults_come_at_once_in_the_order_of_the_file(file: Path) -> None:
   api_keys:
     - {name: a, key: abc}
     - {name: b, key: "${env:NOPE}"}
-kv: {prefix_cache: no, block_size: 010, dtype: fp8}
+kv: {prefix_cache: no, block_size: 010, dtype: fp9}
 models:
   m:
     path: nowhere
     aliases: [m]
     device: xx
     draft: {path: z}
-logging: {level: inf}
+logging: {level: inf, prompts: true}
 """,
     )
     assert found == [
@@ -111,14 +112,17 @@ logging: {level: inf}
         "config.yaml:7:22: error: server.api_keys[1].key: the environment variable NOPE is not set",
         "config.yaml:8:20: error: kv.prefix_cache: expected true or false, not 'no'",
         "config.yaml:8:36: error: kv.block_size: expected a power of two between 8 and 256, not 10",
-        "config.yaml:8:48: error: kv.dtype: 'fp8' is not available yet in this version",
+        "config.yaml:8:48: error: kv.dtype: expected 'auto', 'float32', 'bfloat16', 'float16', 'fp8', 'int8' or "
+        "'int4', not 'fp9'; did you mean 'fp8'?",
         f"config.yaml:11:11: error: models.m.path: {file.parent}/nowhere: no such folder; "
         "a model is a folder in Hugging Face's layout or a .gguf file",
         "config.yaml:12:15: error: models.m.aliases[0]: 'm' is a model's name",
         "config.yaml:13:13: error: models.m.device: no device 'xx': name one of auto, cpu",
-        "config.yaml:14:5: error: models.m.draft: not available yet in this version",
+        f"config.yaml:14:19: error: models.m.draft.path: {file.parent}/z: no such folder; "
+        "a model is a folder in Hugging Face's layout or a .gguf file",
         "config.yaml:15:18: error: logging.level: expected 'debug', 'info', 'warning' or 'error', not 'inf'; "
         "did you mean 'info'?",
+        "config.yaml:15:23: error: logging.prompts: not available yet in this version",
     ]
 
 
@@ -146,7 +150,40 @@ logging: {level: inf}
         ("models: {m: {path: model, context: -1}}", "1:36: error: models.m.context: expected a number of tokens"),
         ("models: {m: {path: model, weights: int3}}", "1:36: error: models.m.weights: expected 'auto', 'int8'"),
         ("models: {m: {path: model, dtype: int8}}", "1:34: error: models.m.dtype: expected 'auto', 'float32', "),
-        ("kv: {dtype: int4}", "1:13: error: kv.dtype: 'int4' is not available yet"),
+        ("models: {m: {path: model, draft: {}}}", "1:34: error: models.m.draft: which model drafts? Give its 'path'"),
+        ("models: {m: {path: model, draft: 5}}", "1:34: error: models.m.draft: expected 'name: value' pairs, not 5"),
+        (
+            "models: {m: {path: model, draft: {path: model, token: 3}}}",
+            "1:48: error: models.m.draft.token: unknown key 'token'; did you mean 'tokens'?",
+        ),
+        (
+            "models: {m: {path: model, draft: {method: ngrams}}}",
+            "1:43: error: models.m.draft.method: expected 'model' or 'ngram', not 'ngrams'; did you mean 'ngram'?",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: model, tokens: 17}}}",
+            "1:56: error: models.m.draft.tokens: must be at most 16, not 17",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: model, tokens: 0}}}",
+            "1:56: error: models.m.draft.tokens: must be at least 1, not 0",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: model, min_acceptance: 1.5}}}",
+            "1:64: error: models.m.draft.min_acceptance: must be at most 1.0, not 1.5",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: model, kv: {dtype: int9}}}}",
+            "1:60: error: models.m.draft.kv.dtype: expected 'auto', 'float32', 'bfloat16', ",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: 5}}}",
+            "1:41: error: models.m.draft.path: expected the path of a file or folder, not 5",
+        ),
+        (
+            "models: {m: {path: model, draft: {path: .}}}",
+            "1:41: error: models.m.draft.path: ",
+        ),
         ("models: {m: {path: model, load: on-demand}}", "1:33: error: models.m.load: 'on-demand' is not available yet"),
         ("models: {m: {path: model}, n: {path: model}}", "1:31: error: models.n: a second model is not available yet"),
         ("priorities: {batch: {weight: 0}}", "1:30: error: priorities.batch.weight: must be at least 1, not 0"),
@@ -244,6 +281,59 @@ def test_weights_and_keys_can_be_quantised(file: Path) -> None:
     config = load(file, "models: {m: {path: model, kv: {dtype: int8}}}")
     assert EngineSettings.from_config(config, config.models["m"], place).kv_dtype == "int8"
     assert config.models["m"].weights == "auto"
+
+
+def drafted(file: Path, text: str, *settings: str) -> DraftSettings | None:
+    config = load(file, f"models: {{m: {{path: model{text}}}}}", list(settings))
+    return EngineSettings.from_config(config, config.models["m"], Place("cpu", "cpu", "CPU", GIB)).draft
+
+
+def test_nobody_drafts_unless_that_is_asked_for(file: Path) -> None:
+    assert drafted(file, "") is drafted(file, ", draft: null") is None
+    assert drafted(file, ", draft: {path: model}", "models.m.draft=null") is None
+
+
+def test_a_model_or_n_grams_draft(file: Path) -> None:
+    folder = file.parent / "model"
+    assert drafted(file, ", draft: {path: model}") == DraftSettings(folder, tokens=8, min_acceptance=0.0)
+    assert drafted(
+        file, ", draft: {path: model, tokens: 4, min_acceptance: 0.3, kv: {dtype: int8, budget: 1GiB}}"
+    ) == DraftSettings(folder, tokens=4, kv_dtype="int8", kv_budget=GIB, min_acceptance=0.3)
+    whole = drafted(file, ", draft: {path: model, min_acceptance: 1, kv: {budget: 5%}}")
+    assert whole == DraftSettings(folder, kv_budget=0.05, min_acceptance=1.0)
+    assert drafted(file, ", draft: {method: ngram, tokens: 16}") == DraftSettings(tokens=16)
+
+
+def test_a_draft_is_set_from_outside_too(file: Path) -> None:
+    environ = {"EDGEKV_MODELS__M__DRAFT__TOKENS": "3", "EDGEKV_MODELS__M__DRAFT__TOKEN": "3"}
+    told: list[str] = []
+    file.write_text("models: {m: {path: model}}")
+    config = load_config(file, ["models.m.draft.method=ngram"], environ, warn=told.append)
+    draft = config.models["m"].draft
+    assert draft is not None
+    assert (draft.method, draft.tokens) == ("ngram", 3)
+    [only] = told
+    assert "EDGEKV_MODELS__M__DRAFT__TOKEN matches no setting" in only
+
+
+def test_what_n_grams_do_not_need_is_told_where_it_stands(file: Path) -> None:
+    text = "models:\n  m:\n    path: model\n    draft:\n      method: ngram\n      path: nowhere\n      kv: {}\n"
+    path, kv = faults(file, text)
+    needless = "n-grams need no model and no memory for one: leave it out, or set 'method: model'"
+    assert path == f"config.yaml:6:13: error: models.m.draft.path: {needless}"
+    assert kv == f"config.yaml:7:11: error: models.m.draft.kv: {needless}"
+    # What is wrong is not called missing, nor judged by what it might have been.
+    [only] = faults(file, "models: {m: {path: model, draft: {method: grams, path: 5x, kv: {}}}}")
+    assert "models.m.draft.method" in only
+    [only] = faults(file, "models: {m: {path: model, draft: {path: 5}}}")
+    assert "models.m.draft.path: expected" in only
+
+
+def test_formats_of_cards_are_settings_like_others(file: Path) -> None:
+    for dtype in ("fp8", "int4"):
+        assert load(file, f"kv: {{dtype: {dtype}}}").kv.dtype == dtype
+        model = load(file, f"models: {{m: {{path: model, kv: {{dtype: {dtype}}}}}}}").models["m"]
+        assert model.kv.dtype == dtype
 
 
 def test_each_priority_has_its_own_patience(file: Path) -> None:

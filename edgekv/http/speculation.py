@@ -1,0 +1,61 @@
+"""How speculation goes, as JSON and as metrics (vLLM's names where it has one). Runs in: anywhere; owns: nothing."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from edgekv.core.step import EngineStats, SpeculationState
+
+
+def speculation_json(stats: EngineStats | None) -> dict[str, Any] | None:
+    """What `SpeculationStats` says, and what was proposed and accepted in all; null where nobody ever proposes."""
+    if stats is None or stats.speculation is None:
+        return None
+    counts = {"proposed_tokens": stats.proposed_tokens, "accepted_tokens": stats.accepted_tokens}
+    return asdict(stats.speculation) | counts
+
+
+def speculation_metrics(model: str, stats: EngineStats) -> Iterator[Metric]:
+    """None where nobody ever proposes."""
+    told = stats.speculation
+    if told is None:
+        return
+    counters = [
+        ("vllm:spec_decode_num_drafts", "Proposals for a sequence that were verified.", told.verifications),
+        ("vllm:spec_decode_num_draft_tokens", "Proposed tokens that were verified.", stats.proposed_tokens),
+        ("vllm:spec_decode_num_accepted_tokens", "Proposed tokens that were accepted.", stats.accepted_tokens),
+        ("edgekv_speculation_pauses", "Times that speculation stopped because it did not pay.", told.pauses),
+        ("edgekv_speculation_yields", "Times that it gave its memory back.", told.yields),
+        ("edgekv_speculation_returns", "Times that it had its memory again.", told.returns),
+        ("edgekv_draft_read_tokens", "Tokens that the draft model read of what it had not seen.", told.read_tokens),
+    ]
+    for name, documentation, count in counters:
+        counter = CounterMetricFamily(name, documentation, labels=["model_name"])
+        counter.add_metric([model], count)
+        yield counter
+    gauges: list[tuple[str, str, float | None]] = [
+        ("edgekv_speculation_tokens", "Tokens proposed for a sequence at once, lately.", told.tokens),
+        ("edgekv_speculation_acceptance", "Share of proposed tokens that was accepted, lately.", told.acceptance),
+        ("edgekv_speculation_speedup", "Tokens a second against those without proposals, lately.", told.speedup),
+    ]
+    if told.pool is not None:
+        pool = told.pool
+        gauges += [
+            ("edgekv_draft_kv_blocks", "KV blocks of the draft model's pool.", pool.total_blocks),
+            ("edgekv_draft_kv_blocks_free", "Of these, those that hold nothing.", pool.free_blocks),
+            ("edgekv_draft_kv_blocks_cached", "Of these, those that only its prefix cache holds.", pool.cached_blocks),
+            ("edgekv_draft_kv_blocks_active", "Of these, those that sequences hold.", pool.active_blocks),
+        ]
+    for name, documentation, value in gauges:
+        if value is not None:
+            gauge = GaugeMetricFamily(name, documentation, labels=["model_name"])
+            gauge.add_metric([model], value)
+            yield gauge
+    states = GaugeMetricFamily(
+        "edgekv_speculation_state", "1 for the present state of speculation.", labels=["model_name", "state"]
+    )
+    for state in SpeculationState:
+        states.add_metric([model, state.value], int(state is told.state))
+    yield states
