@@ -43,6 +43,10 @@ class FixedTokens(Controller):
         """See `Controller`; it never rests."""
         return True
 
+    def is_in_debt(self, decodes: int) -> bool:
+        """See `Controller`; it never pays."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Way:

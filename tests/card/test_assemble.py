@@ -184,6 +184,9 @@ def test_a_card_that_main_memory_plays_is_run_by_torch() -> None:
 class Always(Controller):
     """Does not look at how quick fibers are."""
 
+    def is_in_debt(self, decodes: int) -> bool:
+        return False
+
     def choose(self, most: Mapping[int, int], *_: object) -> dict[int, int]:
         return {number: min(left, self.most) for number, left in most.items()}
 

@@ -39,6 +39,9 @@ class Always(Controller):
     def is_on(self) -> bool:
         return True
 
+    def is_in_debt(self, decodes: int) -> bool:
+        return False
+
     def choose(
         self, most: Mapping[int, int], unread: Mapping[int, int] | None = None, said: Mapping[int, int] | None = None
     ) -> dict[int, int]:

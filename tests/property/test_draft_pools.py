@@ -22,6 +22,7 @@ from edgekv.engine.segments import BlockHolder, Segments
 from edgekv.engine.settings import KV_LEASE
 from edgekv.engine.shared_memory import SharedMemory
 from tests.property.draft_machine import DraftMachine
+from tests.property.hunt import hunt
 from tests.property.test_elastic import HUNT, LONG
 
 LONG_HUNT = settings(HUNT, max_examples=400)
@@ -106,7 +107,7 @@ class ImpoliteMemory(SharedMemory):
 )
 def test_a_planted_carelessness_is_caught(planted: dict[str, object]) -> None:
     with pytest.raises(AssertionError):
-        run_state_machine_as_test(type("PlantedMachine", (DraftMachine,), planted), settings=LONG_HUNT)
+        hunt(type("PlantedMachine", (DraftMachine,), planted), LONG_HUNT)
 
 
 def believe(view: View, cache: KVCache) -> None:
@@ -163,5 +164,5 @@ def test_a_planted_fault_of_views_is_caught(
     where: object, name: str, planted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, planted)
-    with pytest.raises((AssertionError, OutOfBlocks)):
-        run_state_machine_as_test(type("PlantedMachine", (DraftMachine,), {}), settings=LONG_HUNT)
+    with pytest.raises((AssertionError, OutOfBlocks, ValueError)):
+        hunt(type("PlantedMachine", (DraftMachine,), {}), LONG_HUNT)
