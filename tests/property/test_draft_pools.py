@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
 
 from edgekv.core.block_pool import OutOfBlocks
@@ -164,5 +165,6 @@ def test_a_planted_fault_of_views_is_caught(
     where: object, name: str, planted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, planted)
-    with pytest.raises((AssertionError, OutOfBlocks, ValueError)):
+    # Flaky: what a fault leaves behind makes the same example end otherwise when it is run again.
+    with pytest.raises((AssertionError, OutOfBlocks, ValueError, Flaky)):
         hunt(type("PlantedMachine", (DraftMachine,), {}), LONG_HUNT)
