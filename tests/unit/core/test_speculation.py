@@ -306,6 +306,8 @@ def test_whoever_guesses_is_told_what_is_worth_a_row_and_a_step_of_the_draft() -
     # About 4.7 tokens in 25 ms, against 1 ms for a row and 1 ms for a step of the draft.
     assert least == pytest.approx(0.2, abs=0.06)
     assert least_to_go_on == pytest.approx(0.4, abs=0.1)
+    run.controller._is_probing = True
+    assert run.controller.least_chances() == (0.0, 0.0), "what is tried is to be measured"
 
 
 def test_what_is_not_proposed_neither_costs_a_row_nor_counts_as_wrong() -> None:

@@ -226,6 +226,30 @@ def test_where_none_is_worth_it_nobody_is_asked() -> None:
     assert harness.script.asked == []
 
 
+def test_in_debt_nobody_thinks_about_it() -> None:
+    controller = Controller(3)
+    harness = Harness(counting(9), controller=controller)
+    harness.submit(1)
+    harness.step()
+    controller._accounts[1] = -1.0
+
+    def choose(*_: object) -> dict[int, int]:
+        raise AssertionError("it is asked what to choose")
+
+    controller.choose = choose  # type: ignore[method-assign, assignment]
+    assert harness.step() == [5]
+
+
+def test_a_step_verifies_no_more_in_all_than_there_may_be() -> None:
+    harness = Harness(counting(0))
+    harness.scheduler.limits = Limits(max_proposed=5)
+    for number in (1, 2):
+        harness.submit(number)
+    harness.step()
+    plan = harness.scheduler.plan(dict.fromkeys((1, 2), (7, 7, 7, 7)))
+    assert [len(chunk.proposed) for chunk in plan.chunks] == [2, 3]
+
+
 class Done:
     """A step that was done at once."""
 
