@@ -1,9 +1,9 @@
 """`edgekv bench engine --speculate`: what speculation gains, on text that the model knows.
 
-Runs in: the main thread; owns: the engines.
+Runs in: the main thread; owns: the engine.
 
-Two engines of the same model take turns on the same prompts, one without speculation and one with it, because a
-machine's speed may change twofold within a minute. What they say is compared token by token.
+An engine takes turns on the same prompts, without speculation and with it, because a machine's speed may change twofold
+within a minute. What is said is compared token by token.
 """
 
 import statistics
@@ -111,24 +111,22 @@ def measure_speculation(
     seed: int | None,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Build both engines and measure every row. Raises OutputsDiffer."""
+    """Build the engine and measure every row. Raises OutputsDiffer."""
     from edgekv.cli.machine import LoadWatch, machine_line
     from edgekv.engine.assemble import assemble
     from edgekv.engine.measure_speculation import SpeculationMeter
 
     if settings.place.kind == "card":
         raise EdgeKVError(
-            "--speculate measures on a processor only: two engines do not share a card. There, serve the model with "
+            "--speculate measures on a processor only: a card's steps overlap. There, serve the model with "
             "its draft and with --draft off, and compare them with: edgekv bench serve"
         )
     watch = LoadWatch()
     progress("loading")
-    core, assembly = assemble(replace(settings, draft=None), lambda done, total, stage: None)
-    plain = SpeculationMeter(core, detailed=asked.profile)
-    core, _ = assemble(settings, lambda done, total, stage: None)
-    drafted = SpeculationMeter(core, detailed=asked.profile)
+    core, assembly = assemble(settings, lambda done, total, stage: None)
+    meter = SpeculationMeter(core, detailed=asked.profile)
     rng_seed = time.time_ns() if seed is None else seed
-    bench = _Bench(settings, assembly, plain, drafted, prompts, asked, rng_seed % _SEEDS, progress)
+    bench = _Bench(settings, assembly, meter, prompts, asked, rng_seed % _SEEDS, progress)
     rows = [row for temperature in TEMPERATURES for batch in asked.batches for row in bench.rows(temperature, batch)]
     others = watch.read()
     assert settings.draft is not None
@@ -157,8 +155,7 @@ class _Bench:
 
     settings: "EngineSettings"
     assembly: "Assembly"
-    plain: "SpeculationMeter"
-    drafted: "SpeculationMeter"
+    meter: "SpeculationMeter"
     prompts: Sequence[tuple[int, ...]]
     asked: Asked
     seed: int
@@ -171,7 +168,7 @@ class _Bench:
 
         asked = self.asked
         self.progress(f"temperature {temperature}, batch {batch}")
-        found = list(ways(self.plain, self.drafted, self._controller(), asked.fixed, batch))
+        found = list(ways(self.meter, self._controller(), asked.fixed, batch))
         for number in range(asked.warm_up):
             self._round(found, number, temperature, batch)
         watch = LoadWatch()

@@ -21,6 +21,7 @@ save what reading takes: then no more is lost on one that ends there than was th
 """
 
 from collections.abc import Mapping
+from math import inf
 
 from edgekv.core.acceptance import Acceptances, Offer
 from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, ProposingCosts, StepCosts, running_mean
@@ -34,17 +35,23 @@ _NUDGES = (-1, 1, -2, 2)
 # What was chosen holds for some steps of the same sequences, for to work it out takes as long as a small model's row;
 # that nothing pays holds for longer.
 _KEPT_STEPS = 8
-RESTING_STEPS = 16
+RESTING_STEPS = 32
+_MOST_RESTING_STEPS = 128
 # Verifications of which acceptance is known well enough to be held against `min_acceptance`.
 _JUDGED_AFTER = 16.0
-_TRIED_AFTER = 16  # steps: below it they are tried, and no more than that
+_TRIED_AFTER = 8  # choices: below it they are tried, and no more than that
+
+_ANYONE = -1  # no sequence's: of one that is not read nothing is known but what holds for all
 
 _FRESH_SHARE = 0.1  # of the latest step in what is told of recent ones
 
-PROBING_SHARE = 0.01
+PROBING_SHARE = 0.0025
 CREDIT_STEPS = 8.0
+# For another number of sequences only what its rows take is left to be found out: not how much is accepted.
+LATER_CREDIT_STEPS = 1.0
+MOST_CREDIT_STEPS = 32.0  # with what was gained
 MOST_DEBT_STEPS = 2.0
-READING_SHARE = 0.01
+READING_SHARE = 0.0025
 MOST_READING_STEPS = 512.0
 MOST_READING_DEBT_STEPS = 32.0
 
@@ -53,9 +60,10 @@ class Controller:
     """Chooses how many tokens are proposed.
 
     What speculation has cost more than it saved for any number of sequences is kept near PROBING_SHARE of their steps
-    and CREDIT_STEPS more, as long as steps of as many rows take as long. So it begins, and when it does not pay, goes
-    on trying now and then. Reading has an account of its own: what was gained, and READING_SHARE of
-    all steps.
+    and CREDIT_STEPS more (LATER_CREDIT_STEPS for all numbers but the first), and of what was gained before up to
+    MOST_CREDIT_STEPS may be lost again, as long as steps of as many rows take as long. So it begins, outlasts what is
+    hard to guess, and when it does not pay, goes on trying now and then. Reading has an account of its own: what was
+    gained, and READING_SHARE of all steps.
 
     Args:
         most: the most tokens proposed for a sequence.
@@ -68,8 +76,8 @@ class Controller:
             raise ValueError(f"most is {most}, must be at least 1")
         self.most = most
         self.costs = StepCosts()
-        self.rests = False
-        """Whether the latest choice, of nothing, may hold for RESTING_STEPS of as many sequences."""
+        self.rest_steps = 0
+        """For so many steps of as many sequences the latest choice, of nothing, may hold."""
         self.pauses = 0
         self.tokens = 0.0
         """Proposed for a sequence in recent steps, on average."""
@@ -89,6 +97,8 @@ class Controller:
         self._kept: dict[int, int] = {}
         self._kept_for: tuple[int, ...] = ()
         self._kept_steps = 0
+        self._missing_steps = 0.0  # in the account, to try what was last thought of
+        self._worth_in_steps = inf  # until the first sequence will have said enough to be read
         self._rate_s = 0.0  # tokens a second that the latest choice comes to
         self._marginal_s = 0.0, 0.0  # seconds of a row more, and of a row with the draft's step for it
 
@@ -98,7 +108,7 @@ class Controller:
 
         While it is negative nothing is proposed.
         """
-        return self._accounts.get(self._num_decodes, CREDIT_STEPS)
+        return self._accounts.get(self._num_decodes, LATER_CREDIT_STEPS if self._accounts else CREDIT_STEPS)
 
     @property
     def is_on(self) -> bool:
@@ -120,7 +130,7 @@ class Controller:
         """
         self._num_decodes = max(1, len(most))
         self._num_choices += 1
-        self._is_probing = self.rests = False
+        self._is_probing, self.rest_steps = False, 0
         plain_s = self.costs.plain(len(most))
         plain = self._plain.get(len(most))
         if plain_s is None or plain is None or plain.is_due:
@@ -131,10 +141,8 @@ class Controller:
         if is_kept and not is_nudged and not unread:
             self._kept_steps -= 1
             return {number: min(tokens, limits[number]) for number, tokens in self._kept.items()}
-        worth = dict(limits)
-        for number, tokens in (unread or {}).items():
-            if number in worth and not self._is_worth_reading(number, tokens, (said or {}).get(number, 0), plain_s):
-                del worth[number]
+        self._worth_in_steps, self._missing_steps = inf, 0.0
+        worth = self._worth_reading(limits, unread, said or {}, plain_s) if unread else limits
         chosen = {} if self.account_steps < 0 or self._is_unacceptable else self._best(worth, len(most), plain_s)
         self._note(bool(chosen), limits)
         self._kept, self._kept_for = chosen, tuple(limits)
@@ -142,7 +150,8 @@ class Controller:
         may_probe = not self._is_unacceptable or self._num_choices % _TRIED_AFTER == 0
         if not chosen and self.account_steps >= 0 and may_probe:
             chosen = self._probe(limits, unread or {}, len(most), plain_s)
-        self.rests = not chosen
+        if not chosen:
+            self.rest_steps = self._rest()
         return chosen
 
     def observe(self, sequence_id: int, proposed: int, accepted: int) -> None:
@@ -207,7 +216,7 @@ class Controller:
         self.costs.observe(decodes, decodes + proposed, seconds)
         if plain_s:
             gained = 1 + accepted / decodes
-            self._pay(taken_s / plain_s - gained)
+            self._pay(taken_s / plain_s - gained, MOST_CREDIT_STEPS)
             gain = gained - (taken_s + proposing_s) / plain_s
             self._reading_steps = min(self._reading_steps + max(0.0, gain), MOST_READING_STEPS)
             self.speedup = _faded(self.speedup, gained * plain_s / (taken_s + proposing_s))
@@ -226,7 +235,7 @@ class Controller:
 
     def is_in_debt(self, decodes: int) -> bool:
         """Whether for so many sequences there is nothing to choose at present, so that nobody needs to think."""
-        return self._accounts.get(decodes, CREDIT_STEPS) < 0
+        return self._accounts.get(decodes, 0.0) < 0
 
     def observe_rest(self, decodes: int, steps: int) -> None:
         """So many steps of which nothing else is told, without proposals, went by."""
@@ -248,13 +257,31 @@ class Controller:
             self.pauses += self._is_on and not pays
             self._is_on = pays
 
-    def _is_worth_reading(self, number: int, unread: int, said: int, plain_s: float) -> bool:
-        if self._reading_steps < 0:
-            return False
-        decodes = self._num_decodes
-        _, rate = self._rate({number: self.most}, decodes, plain_s)
-        saved_s = said * plain_s * (1 - decodes / plain_s / rate) / decodes
-        return saved_s >= unread * (self._reading_s or 0.0)
+    def _rest(self) -> int:
+        """For how many steps there is nothing else to choose: until something is worth reading, or can be tried."""
+        if self._worth_in_steps < RESTING_STEPS:
+            return max(1, int(self._worth_in_steps))
+        return int(min(max(RESTING_STEPS, self._missing_steps / PROBING_SHARE), _MOST_RESTING_STEPS))
+
+    def _worth_reading(
+        self, limits: Mapping[int, int], unread: Mapping[int, int], said: Mapping[int, int], plain_s: float
+    ) -> dict[int, int]:
+        """The limits of those that are read, and of those that are worth it; of the others, notes when the first is."""
+        worth, decodes, saved_share = dict(limits), self._num_decodes, None
+        for number, tokens in unread.items():
+            if number not in worth:
+                continue
+            # At most it saves all that the sequence took: for most there is no need to know more.
+            took_s, takes_s = said.get(number, 0) * plain_s / decodes, tokens * (self._reading_s or 0.0)
+            if took_s >= takes_s and saved_share is None:
+                _, rate = self._rate({_ANYONE: self.most}, decodes, plain_s)
+                saved_share = 1 - decodes / plain_s / rate
+            share = 1.0 if saved_share is None else saved_share
+            if self._reading_steps < 0 or share * took_s < takes_s:
+                del worth[number]
+                if self._reading_steps >= 0 and share > 0:
+                    self._worth_in_steps = min(self._worth_in_steps, (takes_s / share - took_s) * decodes / plain_s)
+        return worth
 
     def _best(self, limits: Mapping[int, int], decodes: int, plain_s: float) -> dict[int, int]:
         offers, self._rate_s = self._rate(limits, decodes, plain_s)
@@ -301,7 +328,8 @@ class Controller:
         number = known[self._num_choices % len(known)]
         tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self._most_rows(decodes))
         extra_s = self.costs.of(decodes, decodes + tokens) + self._proposing.of(decodes, tokens) - plain_s
-        if extra_s > self.account_steps * plain_s:
+        self._missing_steps = extra_s / plain_s - self.account_steps
+        if self._missing_steps > 0:
             return {}
         self._is_probing = True
         return {number: tokens}
@@ -311,9 +339,10 @@ class Controller:
         rows = 2 * self.costs.most_rows(decodes) - decodes
         return rows if self._most_in_all is None else min(rows, self._most_in_all)
 
-    def _pay(self, steps: float) -> None:
+    def _pay(self, steps: float, most: float = CREDIT_STEPS) -> None:
         # A credit without bounds would let it lose for hours what it once gained, and a debt without, pause for hours.
-        self._accounts[self._num_decodes] = min(max(self.account_steps - steps, -MOST_DEBT_STEPS), CREDIT_STEPS)
+        left = self.account_steps
+        self._accounts[self._num_decodes] = min(max(left - steps, -MOST_DEBT_STEPS), max(left, most))
 
 
 def _faded(mean: float | None, value: float) -> float:

@@ -34,8 +34,9 @@ class Speculation:
         self._step: tuple[int, int, int] | None = None
         self._is_alone = False
         self._verifications = self._read_tokens = 0
-        self._rest = self._resting = self._rested = 0
-        self._is_resting = False
+        self._rests: dict[int, int] = {}  # steps for which there is nothing to choose, by sequences running
+        self._rested: dict[int, int] = {}  # of them, those that went by since the controller heard of them
+        self._resting: int | None = None  # sequences running in a step that rests
         self._banned_steps = 0
         self._stats: SpeculationStats | None = None
         self._stats_as_of = (0, 0, 0, 0)
@@ -96,8 +97,9 @@ class Speculation:
 
         `is_alone`: it verified nothing, and was begun alone only because it might have.
         """
-        if self._is_resting and not outcome.verified:
-            self._rested += 1  # of steps that are all alike one in a few says enough
+        if self._resting is not None and not outcome.verified:
+            # Of steps that are all alike one in a few says enough.
+            self._rested[self._resting] = self._rested.get(self._resting, 0) + 1
             return
         self._verifications += len(outcome.verified)
         for each in outcome.verified:
@@ -169,9 +171,11 @@ class Speculation:
         )
 
     def _choose(self) -> dict[int, int]:
-        self._is_resting = self._rest > 0 and self._resting == self._scheduler.num_running
-        if self._is_resting:
-            self._rest -= 1
+        running = self._scheduler.num_running
+        left = self._rests.get(running, 0)
+        self._resting = running if left else None
+        if left:
+            self._rests[running] = left - 1
             return {}
         if self._banned_steps > 0:
             self._banned_steps -= 1
@@ -182,11 +186,11 @@ class Speculation:
         most = {sequence.id: left if self._proposer.serves(sequence) else 0 for sequence, left in decoding.items()}
         if self._controller is None or not most:
             return most
-        if self._rested:
-            self._controller.observe_rest(self._resting, self._rested)
-            self._rested = 0
+        for resting, steps in self._rested.items():
+            self._controller.observe_rest(resting, steps)
+        self._rested.clear()
         if self._controller.is_in_debt(len(most)):
-            self._rest, self._resting = RESTING_STEPS, self._scheduler.num_running
+            self._rests[running] = RESTING_STEPS
             return {}
         begun_s = self._clock()
         unread = {
@@ -196,7 +200,7 @@ class Speculation:
         }
         said = {sequence.id: sequence.num_output for sequence in decoding} if unread else None
         chosen = self._controller.choose(most, unread, said)
-        if self._controller.rests:
-            self._rest, self._resting = RESTING_STEPS, self._scheduler.num_running
+        if self._controller.rest_steps:
+            self._rests[running] = self._controller.rest_steps
         self._thinking_s += self._clock() - begun_s
         return chosen

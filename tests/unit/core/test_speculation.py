@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekv.core.acceptance import Acceptance
-from edgekv.core.speculation import CREDIT_STEPS, PROBING_SHARE, RESTING_STEPS, Controller
+from edgekv.core.speculation import (
+    CREDIT_STEPS,
+    LATER_CREDIT_STEPS,
+    MOST_CREDIT_STEPS,
+    PROBING_SHARE,
+    RESTING_STEPS,
+    Controller,
+)
 from edgekv.core.step_costs import ProposingCosts, StepCosts
 
 Costs = Callable[[int], float]
@@ -26,10 +33,11 @@ class Simulation:
     noise: float = 0.0
     found: float = 1.0  # how often a proposer has anything to propose
     seed: int = 0
-    controller: Controller = field(init=False)
+    controller: Controller = field(default_factory=Controller)
 
     def __post_init__(self) -> None:
-        self.controller = Controller(self.most)
+        if self.most != self.controller.most:
+            self.controller = Controller(self.most)
         self.chance = random.Random(self.seed)
         self.seconds = 0.0
         self.tokens = self.steps = self.asked = 0
@@ -353,6 +361,75 @@ def test_nobody_is_chosen_whose_reading_is_not_worth_it() -> None:
         dict.fromkeys(range(4), 100), dict.fromkeys((0, 1, 2), 4000), dict.fromkeys(range(3), 9)
     )
     assert set(wanted) <= {3}
+
+
+def test_another_number_of_sequences_has_less_to_find_out_with() -> None:
+    controller = Controller()
+    controller.choose({1: 9, 2: 9, 3: 9})
+    assert controller.account_steps == CREDIT_STEPS
+    controller.observe_step(3, 0, 0, 0.01)
+    controller.choose({1: 9})
+    assert controller.account_steps == LATER_CREDIT_STEPS
+    controller.choose({1: 9, 2: 9, 3: 9})
+    assert controller.account_steps == CREDIT_STEPS
+
+
+def test_what_was_gained_may_be_lost_again_and_no_more_than_that() -> None:
+    waits = Controller()
+    waits.observe_rest(1, 1_000_000)
+    assert waits.account_steps == CREDIT_STEPS, "time alone gives no more than there was at first"
+    run = Simulation([0.95], line(0.1))
+    run.run(500)
+    assert CREDIT_STEPS < run.controller.account_steps <= MOST_CREDIT_STEPS
+    run.controller.observe_rest(1, 10)
+    assert run.controller.account_steps > CREDIT_STEPS, "nor does it take what was gained"
+    before = run.controller.account_steps
+    run.chances, run.tokens, run.seconds, run.steps = [0.0], 0, 0.0, 0
+    run.run(500)
+    assert run.seconds / run.costs(1) - run.tokens <= before + 1 + 500 * PROBING_SHARE
+
+
+def test_a_rest_is_as_long_as_it_takes_until_it_can_be_tried_again() -> None:
+    run = Simulation([0.0] * 4, line(0.5), 0.001)
+    run.run(400)
+    controller, most = run.controller, dict.fromkeys(range(4), 100)
+    probe = controller.costs.of(4, 5) + controller._proposing.of(4, 1)
+    plain_s = controller.costs.plain(4)
+    assert plain_s is not None
+    needed = probe / plain_s - 1
+
+    def rest_with(account: float, num_probes: int = 0) -> int:
+        controller._num_probes, controller._accounts[4] = num_probes, account
+        assert controller.choose(most) == {}
+        return controller.rest_steps
+
+    assert rest_with(needed - 60 * PROBING_SHARE) in (59, 60)
+    assert rest_with(needed - 10 * PROBING_SHARE) == RESTING_STEPS
+    assert rest_with(0.0, 1) == 128, "four tokens cost more, but after a while it is thought about"
+    controller._num_probes, controller._accounts[4] = 0, needed * 1.01
+    assert sum(controller.choose(most).values()) == 1
+    assert controller.rest_steps == 0
+
+
+def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
+    run = Simulation([0.9], line(0.1))
+    run.run(200)
+    controller = run.controller
+    plain_s = controller.costs.plain(1)
+    assert plain_s is not None
+    controller._reading_s, controller._reading_steps = 10 * plain_s / 100, 0.0  # a hundred tokens are ten steps
+    said = 0
+    for _ in range(4):
+        wanted = controller.choose({0: 100}, {0: 100}, {0: said})
+        if wanted:
+            break
+        assert 0 < controller.rest_steps < RESTING_STEPS
+        said += controller.rest_steps
+    assert wanted
+    assert 10 < said < 40
+    controller._reading_steps = -1.0
+    assert controller.choose({0: 100}, {0: 100}, {0: said}) == {}
+    assert controller.rest_steps == RESTING_STEPS
 
 
 @pytest.mark.parametrize(("chance", "on"), [(0.9, True), (0.4, False)])

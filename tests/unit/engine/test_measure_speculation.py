@@ -23,17 +23,16 @@ SPECS = [
 
 
 @pytest.fixture(scope="module")
-def meters() -> Iterator[tuple[SpeculationMeter, SpeculationMeter]]:
+def meter() -> Iterator[SpeculationMeter]:
     base = EngineSettings(target_path(), choose_place("cpu", {}), kv_budget=64 << 20, max_sequences=2)
-    plain, _ = assemble(base, lambda done, total, stage: None)
     drafted = replace(base, draft=DraftSettings(draft_path(), tokens=4))
     core, _ = assemble(drafted, lambda done, total, stage: None)
-    yield SpeculationMeter(plain), SpeculationMeter(core, detailed=True)
+    yield SpeculationMeter(core, detailed=True)
     core.scheduler.cache.check_integrity([])
 
 
-def test_each_way_verifies_as_much_as_it_says(meters: tuple[SpeculationMeter, SpeculationMeter]) -> None:
-    plain, controlled, three = ways(*meters, Controller(4), [3], 3)
+def test_each_way_verifies_as_much_as_it_says(meter: SpeculationMeter) -> None:
+    plain, controlled, three = ways(meter, Controller(4), [3], 3)
     turns = {way.name: way.answer(SPECS) for way in (plain, controlled, three)}
     assert turns["plain"].said == turns["controlled"].said == turns["fixed 3"].said
     assert {len(said) for said in turns["plain"].said.values()} == {20}
@@ -51,10 +50,10 @@ def test_each_way_verifies_as_much_as_it_says(meters: tuple[SpeculationMeter, Sp
     assert fixed.steps.tokens == fixed.steps.sequences + fixed.accepted == 60
 
 
-def test_a_later_way_has_its_own_limits(meters: tuple[SpeculationMeter, SpeculationMeter]) -> None:
-    for way in ways(*meters, Controller(4), [1], 1):
+def test_a_later_way_has_its_own_limits(meter: SpeculationMeter) -> None:
+    for way in ways(meter, Controller(4), [1], 1):
         way.answer(SPECS)
-    found = {way.name: way for way in ways(*meters, Controller(4), [1], 2)}
+    found = {way.name: way for way in ways(meter, Controller(4), [1], 2)}
     assert (found["controlled"].most_proposed, found["fixed 1"].most_proposed) == (4, None)
     assert max_sequences(found["plain"]) == 2
 
@@ -64,8 +63,8 @@ def max_sequences(way: Way) -> int:
     return -(-decoding.sequences // decoding.steps)
 
 
-def test_nothing_is_cached_when_a_turn_begins(meters: tuple[SpeculationMeter, SpeculationMeter]) -> None:
-    _, _, fixed = ways(*meters, Controller(4), [2], 3)
+def test_nothing_is_cached_when_a_turn_begins(meter: SpeculationMeter) -> None:
+    _, _, fixed = ways(meter, Controller(4), [2], 3)
     for _ in range(2):
         before = fixed.core.stats().cached_prompt_tokens
         turn = fixed.answer(SPECS)
@@ -74,8 +73,8 @@ def test_nothing_is_cached_when_a_turn_begins(meters: tuple[SpeculationMeter, Sp
         assert read.rows >= sum(len(spec.prompt) for spec in SPECS) - len(SPECS)
 
 
-def test_what_cannot_be_answered_is_an_error(meters: tuple[SpeculationMeter, SpeculationMeter]) -> None:
-    plain, *_ = ways(*meters, Controller(4), [], 1)
+def test_what_cannot_be_answered_is_an_error(meter: SpeculationMeter) -> None:
+    plain, *_ = ways(meter, Controller(4), [], 1)
     with pytest.raises(ValueError, match=r"sequence 5: .*vocabulary"):
         plain.answer([replace(SPECS[0], id=5, prompt=(1 << 30,))])
 

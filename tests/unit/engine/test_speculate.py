@@ -14,7 +14,7 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Outcome, Scheduler
 from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec
-from edgekv.core.speculation import Controller
+from edgekv.core.speculation import PROBING_SHARE, Controller
 from edgekv.core.step import Sampled, StepPlan, StepReport
 from edgekv.engine.core import EngineCore
 from edgekv.engine.proposer import Proposer
@@ -240,6 +240,34 @@ def test_in_debt_nobody_thinks_about_it() -> None:
     assert harness.step() == [5]
 
 
+def test_rests_are_kept_by_how_many_run_and_told_of() -> None:
+    controller = Controller(3)
+    harness = Harness(counting(9), controller=controller)
+    asked: list[int] = []
+
+    def choose(most: Mapping[int, int], *_: object) -> dict[int, int]:
+        asked.append(len(most))
+        controller.rest_steps = 3
+        return {}
+
+    rested: list[tuple[int, int]] = []
+    controller.choose = choose  # type: ignore[method-assign, assignment]
+    controller.observe_rest = lambda decodes, steps: rested.append((decodes, steps))  # type: ignore[method-assign]
+    for number in (1, 2):
+        harness.submit(number)
+    for _ in range(4):
+        harness.step()
+    assert asked == [2], "a prompt, the choice, and two steps at rest"
+    harness.core.abort(2)
+    harness.step()
+    assert asked == [2, 1]
+    assert rested == [(2, 2)]
+    harness.submit(3)
+    for _ in range(3):
+        harness.step()
+    assert asked == [2, 1, 2], "one step of the rest was left"
+
+
 def test_a_step_verifies_no_more_in_all_than_there_may_be() -> None:
     harness = Harness(counting(0))
     harness.scheduler.limits = Limits(max_proposed=5)
@@ -299,7 +327,7 @@ def test_a_step_that_was_alone_for_nothing_is_paid_for_and_says_nothing_of_plain
     speculation.observe(plan, Outcome(), None, is_alone=True)
     speculation.took(1.5)
     assert controller.costs.plain(1) == 1.0
-    assert controller.account_steps == pytest.approx(min(before, before - 0.5 + 0.01))
+    assert controller.account_steps == pytest.approx(min(before, before - 0.5 + PROBING_SHARE))
 
 
 def test_a_proposer_without_memory_costs_nobody_anything() -> None:
