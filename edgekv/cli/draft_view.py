@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgekv.cli.assumed import checkpoint_json
 from edgekv.config.units import format_size
-from edgekv.core.capacity import DraftPlan, MemoryPlan
+from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.settings import DraftFiles, EngineSettings, plan_engine
 

@@ -14,8 +14,9 @@ from edgekv.config.units import parse_size, parse_size_or_share
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config, PinnedPrompt
-    from edgekv.core.capacity import DtypeName, MemoryPlan
+    from edgekv.core.dtype_choice import DtypeName
     from edgekv.core.kv_format import KVDtypeName
+    from edgekv.core.memory_plan import MemoryPlan
     from edgekv.engine.draft_settings import DraftSettings
     from edgekv.engine.settings import DraftFiles, EngineSettings
     from edgekv.model.matrix_layout import WeightsName

@@ -14,15 +14,11 @@ from edgekv.cli.draft_view import draft_cost, draft_json, draft_lines
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
 from edgekv.cli.remedies import OWN_KERNELS, kernels_have, kv_formats, remedies
 from edgekv.config.units import format_size
-from edgekv.core.capacity import (
-    DTYPE_BYTES,
-    DraftPlan,
-    MemoryPlan,
-    WeightBytes,
-    beyond_window_bytes,
-    decode_read_bytes,
-)
+from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.dtype_choice import DTYPE_BYTES
 from edgekv.core.kv_format import KV_FORMATS, SCALE_BYTES
+from edgekv.core.memory_plan import MemoryPlan
+from edgekv.core.model_shape import WeightBytes, beyond_window_bytes, decode_read_bytes
 
 if TYPE_CHECKING:
     from edgekv.cli.plan import Asked

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgekv.config.units import MIB, format_size
-from edgekv.core.capacity import MemoryPlan
 from edgekv.core.dtype_choice import DeviceKind
 from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, kv_alignment, plan_kv
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.engine.kernel_needs import BLOCK_SIZE, kv_engine
 from edgekv.engine.settings import DraftFiles, EngineSettings, plan_engine
 from edgekv.model.card_layout import card_bytes

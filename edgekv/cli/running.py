@@ -37,7 +37,7 @@ from edgekv.smi.sources import sources_for
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
-    from edgekv.core.capacity import DraftPlan
+    from edgekv.core.draft_plan import DraftPlan
     from edgekv.engine.assemble import Assembly
     from edgekv.engine.core import EngineCore
     from edgekv.engine.driver import Progress as Report

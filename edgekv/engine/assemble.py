@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import torch
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.core.dtype_choice import DtypeChoice
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVDtypeName
 from edgekv.core.ledger import Ledger
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.speculation import Controller

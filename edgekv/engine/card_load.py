@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from edgekv.core.capacity import DraftPlan, DtypeChoice, MemoryPlan
+from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.dtype_choice import DtypeChoice
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.engine.card_buffers import StepBuffers
 from edgekv.engine.card_device import Card, TorchCard
 from edgekv.engine.card_model import CardModel

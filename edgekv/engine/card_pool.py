@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import KVShape
-from edgekv.core.kv_format import KVFormatName
+from edgekv.core.kv_format import KVFormatName, KVShape
 from edgekv.engine.kv_pool import BlockMemory
 from edgekv.engine.segment_memory import SegmentMemory
 from edgekv.kernels.attn.gpu_layout import BlockOrder, GpuCache, GpuKvFormat, GpuLayout

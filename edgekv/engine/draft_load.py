@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.capacity import DraftPlan, DtypeChoice
+from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.dtype_choice import DtypeChoice
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edgekv.core.capacity import DraftPlan
+from edgekv.core.draft_plan import DraftPlan
 from edgekv.core.ledger import Lease, Ledger
 from edgekv.engine.draft import DraftModel
 from edgekv.engine.driver import DeviceLost

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import KVShape
+from edgekv.core.kv_format import KVShape
 from edgekv.core.step import BlockCopy
 from edgekv.engine.segment_memory import SegmentMemory
 from edgekv.kernels.attn.cache import CacheSegment, PagedCache

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.core.dtype_choice import DtypeChoice
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.engine.card_device import Card
 from edgekv.engine.kernel_needs import CARD_KERNELS, Lacking, NotServedHere, not_served
 from edgekv.engine.native_pool import NativeKVPool

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import KVShape
-from edgekv.core.kv_format import KV_FORMATS, KVFormatName
+from edgekv.core.kv_format import KV_FORMATS, KVFormatName, KVShape
 from edgekv.engine.kv_pool import BlockMemory
 from edgekv.engine.segment_memory import SegmentMemory
 

@@ -4,7 +4,8 @@ Runs in: anywhere; owns: nothing.
 """
 
 from edgekv.config.units import format_size, setting_size
-from edgekv.core.capacity import DraftPlan, MemoryPlan
+from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.errors import EdgeKVError, OverBudget
 
 

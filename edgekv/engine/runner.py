@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import KVShape
+from edgekv.core.kv_format import KVShape
 from edgekv.core.step import StepPlan
 from edgekv.engine.batch import build_batch
 from edgekv.engine.kv_pool import KVPool

@@ -6,10 +6,14 @@ from pathlib import Path
 
 from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
-from edgekv.core.capacity import Draft, DtypeChoice, DtypeName, MemoryPlan, WeightBytes, choose_dtype, plan_memory
-from edgekv.core.dtype_choice import without_bfloat16
+from edgekv.core.capacity import plan_memory
+from edgekv.core.demand import Demand
+from edgekv.core.draft_plan import Draft
+from edgekv.core.dtype_choice import DtypeChoice, DtypeName, choose_dtype, without_bfloat16
 from edgekv.core.kv_format import KVDtypeName, kv_alignment
 from edgekv.core.ledger import Ledger
+from edgekv.core.memory_plan import MemoryPlan
+from edgekv.core.model_shape import WeightBytes
 from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, kv_engine, not_served, why_not_on_card, why_not_served
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForDraft, NoRoomForKV
@@ -158,26 +162,29 @@ def plan_engine(
     choice, weights = weigh(settings, spec, table, native=native)
     context_tokens = settings.context_tokens or spec.max_position_embeddings
     workspace, graphs = _step_bytes(settings, spec, table, choice, native=native)
-    memory = plan_memory(
-        spec,
+    demand = Demand(
+        shape=spec,
         device=place.kind,
-        total_bytes=max(place.total_bytes, place.free_bytes),
-        free_bytes=place.free_bytes,
-        reserve_bytes=place.reserve_bytes,
-        most_bytes=place.most_bytes,
         dtype=choice.name,
         kv_dtype=settings.kv_dtype or choice.name,
         block_size=settings.block_size,
         context_tokens=context_tokens,
         max_sequences=settings.max_sequences,
         max_step_tokens=settings.max_step_tokens,
+        max_proposed=settings.max_proposed,
+        kv_alignment=kv_alignment(kv_engine(settings, native=native)),
+    )
+    memory = plan_memory(
+        demand,
+        total_bytes=max(place.total_bytes, place.free_bytes),
+        free_bytes=place.free_bytes,
+        reserve_bytes=place.reserve_bytes,
+        most_bytes=place.most_bytes,
         weights=weights,
         workspace=workspace,
         graphs=graphs,
         kv_budget=settings.kv_budget,
         draft=weigh_draft(replace(settings, native=native, context_tokens=context_tokens), draft),
-        kv_alignment=kv_alignment(kv_engine(settings, native=native)),
-        max_proposed=settings.max_proposed,
     )
     return choice, memory
 

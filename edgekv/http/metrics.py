@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from edgekv.actors.service import MemoryView
 from edgekv.core.spill import State
 from edgekv.core.step import EngineStats
+from edgekv.http.families import of_model
 from edgekv.http.memory import owners
 from edgekv.http.speculation import speculation_metrics
 
@@ -151,14 +152,8 @@ class _EngineCollector(Collector):
             ("edgekv_forward_seconds", "Seconds in the model's forward pass.", stats.forward_s),
             ("edgekv_evictions", "Cached blocks evicted.", stats.evictions),
         ]
-        for name, documentation, value in gauges:
-            gauge = GaugeMetricFamily(name, documentation, labels=["model_name"])
-            gauge.add_metric([model], value)
-            yield gauge
-        for name, documentation, value in counters:
-            counter = CounterMetricFamily(name, documentation, labels=["model_name"])
-            counter.add_metric([model], value)
-            yield counter
+        yield from of_model(GaugeMetricFamily, model, gauges)
+        yield from of_model(CounterMetricFamily, model, counters)
         misses = CounterMetricFamily(
             "edgekv_prefix_misses", "Why the prefix cache gave no more than it did.", labels=["model_name", "reason"]
         )

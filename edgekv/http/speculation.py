@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from edgekv.core.step import EngineStats, SpeculationState
+from edgekv.http.families import of_model
 
 
 def speculation_json(stats: EngineStats | None) -> dict[str, Any] | None:
@@ -31,10 +32,7 @@ def speculation_metrics(model: str, stats: EngineStats) -> Iterator[Metric]:
         ("edgekv_speculation_returns", "Times that it had its memory again.", told.returns),
         ("edgekv_draft_read_tokens", "Tokens that the draft model read of what it had not seen.", told.read_tokens),
     ]
-    for name, documentation, count in counters:
-        counter = CounterMetricFamily(name, documentation, labels=["model_name"])
-        counter.add_metric([model], count)
-        yield counter
+    yield from of_model(CounterMetricFamily, model, counters)
     gauges: list[tuple[str, str, float | None]] = [
         ("edgekv_speculation_tokens", "Tokens proposed for a sequence at once, lately.", told.tokens),
         ("edgekv_speculation_acceptance", "Share of proposed tokens that was accepted, lately.", told.acceptance),
@@ -48,11 +46,8 @@ def speculation_metrics(model: str, stats: EngineStats) -> Iterator[Metric]:
             ("edgekv_draft_kv_blocks_cached", "Of these, those that only its prefix cache holds.", pool.cached_blocks),
             ("edgekv_draft_kv_blocks_active", "Of these, those that sequences hold.", pool.active_blocks),
         ]
-    for name, documentation, value in gauges:
-        if value is not None:
-            gauge = GaugeMetricFamily(name, documentation, labels=["model_name"])
-            gauge.add_metric([model], value)
-            yield gauge
+    measured = [(name, documentation, value) for name, documentation, value in gauges if value is not None]
+    yield from of_model(GaugeMetricFamily, model, measured)
     states = GaugeMetricFamily(
         "edgekv_speculation_state", "1 for the present state of speculation.", labels=["model_name", "state"]
     )

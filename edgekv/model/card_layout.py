@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from edgekv.core.capacity import DTYPE_BYTES, WeightBytes
+from edgekv.core.dtype_choice import DTYPE_BYTES
 from edgekv.core.kv_format import CARD_PAGE_BYTES
+from edgekv.core.model_shape import WeightBytes
 from edgekv.kernels.quant.encodings import Encoding
 from edgekv.model.matrix_layout import DTYPE_ENCODINGS, EMBEDDING, WeightForm
 from edgekv.model.spec import DtypeName, ModelSpec

@@ -6,8 +6,7 @@ Runs in: anywhere (no torch, no numpy); owns: nothing.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from edgekv.core.capacity import DTYPE_BYTES
-from edgekv.core.dtype_choice import DtypeName
+from edgekv.core.dtype_choice import DTYPE_BYTES, DtypeName
 from edgekv.model.card_layout import CardPart, aligned, allocation_bytes, card_encoding, lay_out_on_card
 from edgekv.model.matrix_layout import EMBEDDING, WeightForm
 from edgekv.model.spec import ModelSpec

@@ -5,8 +5,8 @@ Runs in: anywhere (no torch, no numpy); owns: nothing.
 
 from math import prod
 
-from edgekv.core.capacity import DTYPE_BYTES, WeightBytes
-from edgekv.core.dtype_choice import DtypeName
+from edgekv.core.dtype_choice import DTYPE_BYTES, DtypeName
+from edgekv.core.model_shape import WeightBytes
 from edgekv.kernels.cpu.abi import Form
 from edgekv.kernels.cpu.formats import activation_form
 from edgekv.model.matrix_layout import EMBEDDING, PANEL, WeightForm, lay_out

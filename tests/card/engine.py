@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from edgekv.core.block_pool import BlockPool, BlockState
-from edgekv.core.capacity import DtypeName
+from edgekv.core.dtype_choice import DtypeName
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVFormatName
 from edgekv.core.ledger import Ledger

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import DtypeName
+from edgekv.core.dtype_choice import DtypeName
 from edgekv.core.kv_format import KVFormatName
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits

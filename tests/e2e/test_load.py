@@ -12,7 +12,7 @@ import httpx2
 import openai
 from openai.types.chat import ChatCompletionMessageParam
 
-from edgekv.core.capacity import kv_bytes_per_token
+from edgekv.core.kv_format import kv_bytes_per_token
 from edgekv.demo import target_path
 from edgekv.model.hf_config import read_spec
 from tests.e2e.real_server import RealServer, real_server

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgekv.core.capacity import DtypeName
+from edgekv.core.dtype_choice import DtypeName
 from edgekv.core.limits import Limits
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import SequenceSpec

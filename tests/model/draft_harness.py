@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from edgekv.core.block_pool import BlockPool, BlockState
-from edgekv.core.capacity import DraftPlan, WeightBytes
+from edgekv.core.draft_plan import DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
+from edgekv.core.model_shape import WeightBytes
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.speculation import Controller
 from edgekv.engine.at_once import AtOnce

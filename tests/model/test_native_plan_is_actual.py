@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import edgekv.demo
-from edgekv.core.capacity import MIB
+from edgekv.config.units import MIB
 from edgekv.core.kv_format import KVDtypeName
 from edgekv.engine.assemble import assemble
 from edgekv.engine.draft_settings import DraftSettings

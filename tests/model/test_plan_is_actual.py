@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import edgekv.demo
-from edgekv.core.capacity import MIB, DtypeName, KVFormatName, plan_kv
+from edgekv.config.units import MIB
+from edgekv.core.dtype_choice import DtypeName
+from edgekv.core.kv_format import KVFormatName, plan_kv
 from edgekv.engine.assemble import assemble
 from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kv_pool import KVPool, PoolShape

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.capacity import DraftPlan, WeightBytes
+from edgekv.core.draft_plan import DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
+from edgekv.core.model_shape import WeightBytes
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.prefix_tree import Node
 from edgekv.core.scheduler import Limits

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from edgekv.cli.app import app
 from edgekv.cli.remedies import remedies
-from edgekv.core.capacity import DtypeChoice, MemoryPlan
+from edgekv.core.dtype_choice import DtypeChoice
+from edgekv.core.memory_plan import MemoryPlan
 from edgekv.demo import target_path
 from edgekv.engine.settings import EngineSettings, plan_engine, runs_natively
 from edgekv.model.hf_config import read_spec

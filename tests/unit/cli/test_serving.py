@@ -15,7 +15,7 @@ from edgekv.cli.app import app
 from edgekv.cli.running import _drafter, _measured_again, _Server, _shares, _spin_briefly, http_settings
 from edgekv.cli.serve import drafting, served_model
 from edgekv.config.settings import Config
-from edgekv.core.capacity import GIB, MIB
+from edgekv.config.units import GIB, MIB
 from edgekv.core.reading import Reading
 from edgekv.core.spill import Headroom
 from edgekv.demo import draft_path, target_path

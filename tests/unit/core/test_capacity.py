@@ -1,27 +1,17 @@
 """The planner's arithmetic, against known models and its own promises."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekv.core.capacity import (
-    DRAFT_KV_BYTES,
-    GIB,
-    MIB,
-    RUNTIME_BYTES,
-    Draft,
-    MemoryPlan,
-    WeightBytes,
-    auto_kv_budget,
-    beyond_window_bytes,
-    choose_dtype,
-    decode_read_bytes,
-    headroom_bytes,
-    plan_memory,
-    workspace_bytes,
-)
+from edgekv.config.units import GIB, MIB
+from edgekv.core.capacity import RUNTIME_BYTES, auto_kv_budget, headroom_bytes, plan_memory
+from edgekv.core.demand import Demand
+from edgekv.core.draft_plan import DRAFT_KV_BYTES, Draft
+from edgekv.core.dtype_choice import DeviceKind, choose_dtype
 from edgekv.core.kv_format import (
     KV_FORMATS,
     KVFormatName,
@@ -30,6 +20,8 @@ from edgekv.core.kv_format import (
     plan_kv,
     segment_blocks,
 )
+from edgekv.core.memory_plan import MemoryPlan
+from edgekv.core.model_shape import WeightBytes, beyond_window_bytes, decode_read_bytes
 
 
 @dataclass(frozen=True)
@@ -166,12 +158,14 @@ SMALL_DRAFT = Shape(
 )
 
 
-def plan(total_bytes: int, **changes: object) -> MemoryPlan:
-    asked = {
-        "device": "card", "total_bytes": total_bytes, "dtype": "bfloat16", "kv_dtype": "bfloat16", "block_size": 16,
-        "context_tokens": 8192, "max_sequences": 16, "max_step_tokens": 512,
-    } | changes  # fmt: skip
-    return plan_memory(LLAMA_8B, **asked)  # type: ignore[arg-type]
+DEMAND = Demand(
+    shape=LLAMA_8B, device="card", dtype="bfloat16", kv_dtype="bfloat16", block_size=16, context_tokens=8192,
+    max_sequences=16, max_step_tokens=512,
+)  # fmt: skip
+
+
+def plan(total_bytes: int, *, demand: Demand = DEMAND, **changes: Any) -> MemoryPlan:
+    return plan_memory(demand, total_bytes=total_bytes, **changes)
 
 
 @given(
@@ -181,7 +175,7 @@ def plan(total_bytes: int, **changes: object) -> MemoryPlan:
     most=st.none() | st.integers(0, 128 * GIB),
     kv_budget=st.none() | st.integers(0, 64 * GIB) | st.floats(0, 1),
     draft=st.none() | st.just(Draft(SMALL_DRAFT, "bfloat16")) | st.just(Draft(SMALL_DRAFT, "bfloat16", GIB)),
-    device=st.sampled_from(["cpu", "card"]),
+    device=st.sampled_from(get_args(DeviceKind)),
 )
 def test_every_byte_of_the_device_is_accounted_for(
     total: int,
@@ -190,11 +184,11 @@ def test_every_byte_of_the_device_is_accounted_for(
     most: int | None,
     kv_budget: int | float | None,
     draft: Draft | None,
-    device: str,
+    device: DeviceKind,
 ) -> None:
     made = plan(
         total, free_bytes=total - int(total * held), reserve_bytes=reserve, most_bytes=most, kv_budget=kv_budget,
-        draft=draft, device=device,
+        draft=draft, demand=replace(DEMAND, device=device),
     )  # fmt: skip
     parts = sum(made.leases.values()) + made.free_bytes
     assert parts + made.withheld_bytes + made.headroom_bytes + made.others_bytes == total
@@ -240,8 +234,9 @@ def test_a_pool_on_a_card_may_grow_into_what_others_held_when_it_was_loaded() ->
 
 
 def test_no_pool_may_grow_beyond_what_was_set_for_it() -> None:
-    for changes in ({"kv_budget": 4 * GIB}, {"device": "cpu"}, {"most_bytes": 30 * GIB}):
-        made = plan(64 * GIB, **{"free_bytes": 50 * GIB} | changes)
+    on_cpu = replace(DEMAND, device="cpu")
+    for changes in ({"kv_budget": 4 * GIB}, {"demand": on_cpu}, {"most_bytes": 30 * GIB}):
+        made = plan(64 * GIB, free_bytes=50 * GIB, **changes)
         assert made.ceiling_blocks == made.kv.num_blocks, changes
     grown = plan(64 * GIB, free_bytes=30 * GIB, most_bytes=40 * GIB)
     assert grown.fixed_bytes + grown.ceiling_bytes <= 40 * GIB < grown.fixed_bytes + grown.ceiling_bytes + 2 * MIB
@@ -267,7 +262,7 @@ def test_a_drafts_pool_is_no_larger_than_it_can_use() -> None:
 
 
 def test_a_drafts_pool_never_has_more_than_a_quarter_of_what_is_left() -> None:
-    made = plan(20 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16"), max_sequences=256)
+    made = plan(20 * GIB, draft=Draft(SMALL_DRAFT, "bfloat16"), demand=replace(DEMAND, max_sequences=256))
     assert made.draft is not None
     assert made.draft.kv.pool_bytes < DRAFT_KV_BYTES
     left = made.kv.pool_bytes + made.free_bytes + made.draft.kv.pool_bytes
@@ -284,8 +279,19 @@ def test_a_draft_is_kept_as_it_was_told() -> None:
     assert made.kv.pool_bytes <= GIB < made.kv.pool_bytes + made.kv.block_bytes
 
 
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("device", ["cpu", "card"])
+def test_a_step_over_smaller_keys_takes_no_more(device: DeviceKind, softcap: float | None) -> None:
+    shape = replace(LLAMA_8B, attention_softcap=softcap)
+    demand = replace(DEMAND, shape=shape, device=device, context_tokens=65_536)
+    taken = [replace(demand, kv_dtype=name).workspace_bytes for name in ("bfloat16", "int8", "int4")]
+    assert taken == sorted(taken, reverse=True)
+    assert 0 < taken[-1] < taken[0]
+
+
 def test_what_is_proposed_has_logits_too() -> None:
-    more = plan(24 * GIB, max_proposed=8).workspace_bytes - plan(24 * GIB).workspace_bytes
+    proposing = replace(DEMAND, max_proposed=8)
+    more = plan(24 * GIB, demand=proposing).workspace_bytes - plan(24 * GIB).workspace_bytes
     assert more == 8 * LLAMA_8B.vocab_size * 16, "float32, its softmax, and int64 indices"
 
 
@@ -358,16 +364,13 @@ def test_a_share_is_of_what_is_free() -> None:
 
 
 def test_the_workspace_grows_with_what_a_step_may_do() -> None:
-    least = {
-        "device": "cpu", "dtype_bytes": 2, "kv_dtype": "bfloat16", "context_tokens": 8192, "max_step_tokens": 128,
-        "max_sampled": 1,
-    }  # fmt: skip
-    small = workspace_bytes(LLAMA_8B, **least)  # type: ignore[arg-type]
-    for more in ({"max_step_tokens": 512}, {"max_sampled": 16}, {"context_tokens": 8193}, {"kv_dtype": "float32"}):
-        assert small < workspace_bytes(LLAMA_8B, **least | more)  # type: ignore[arg-type]
-    assert workspace_bytes(LLAMA_8B, **least | {"context_tokens": 16}) > 16 * MIB  # type: ignore[arg-type]
+    least = replace(DEMAND, device="cpu", max_step_tokens=128, max_sequences=1)
+    small = least.workspace_bytes
+    for more in ({"max_step_tokens": 512}, {"max_sequences": 16}, {"context_tokens": 8193}, {"kv_dtype": "float32"}):
+        assert small < replace(least, **more).workspace_bytes
+    assert replace(least, context_tokens=16).workspace_bytes > 16 * MIB
 
 
 def test_captured_graphs_are_a_cards_alone() -> None:
-    assert plan(24 * GIB, device="cpu").graphs_bytes == 0
+    assert plan(24 * GIB, demand=replace(DEMAND, device="cpu")).graphs_bytes == 0
     assert 0 < plan(24 * GIB).graphs_bytes < 128 * MIB

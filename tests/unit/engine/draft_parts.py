@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.capacity import DraftPlan, WeightBytes
+from edgekv.core.draft_plan import DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
 from edgekv.core.ledger import Ledger
+from edgekv.core.model_shape import WeightBytes
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.step import BlockCopy, StepPlan

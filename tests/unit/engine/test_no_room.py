@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from edgekv.config.units import parse_size
-from edgekv.core.capacity import GIB, MIB
+from edgekv.config.units import GIB, MIB, parse_size
 from edgekv.demo import draft_path, target_path
 from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForKV

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from edgekv.core.capacity import GIB, MIB
+from edgekv.config.units import GIB, MIB
 from edgekv.core.reading import Reading
 from edgekv.demo import draft_path
 from edgekv.engine import runtime

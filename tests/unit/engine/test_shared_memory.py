@@ -18,6 +18,8 @@ from tests.unit.engine.draft_parts import (
     Parts,
 )
 
+GAME_BYTES = 268 * MIB  # of the 400 MiB of a `Guard`: beside the weights no pool fits any more
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +181,13 @@ class Guard:
                 self.orders.append((asked // MIB, (parts.shared.num_bytes - before) // MIB))
             parts.leases()
 
+    def play(self) -> None:
+        """A game takes all that there is, and ends."""
+        self.run(12)
+        self.others_bytes = GAME_BYTES
+        self.run(5)
+        self.others_bytes = 0
+
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_game_gets_all_of_it_and_after_the_game_it_comes_back_in_its_order(busy: bool) -> None:
@@ -187,7 +196,7 @@ def test_a_game_gets_all_of_it_and_after_the_game_it_comes_back_in_its_order(bus
     guard.run(12)
     assert parts.leases() == (96 + 64, 50, 6, 20), "what was free from the start was taken"
     guard.orders.clear()
-    guard.others_bytes = 268 * MIB
+    guard.others_bytes = GAME_BYTES
     guard.run(5)
     assert parts.leases() == (0, 0, 0, 0)
     assert parts.model.yields == 1
@@ -221,10 +230,7 @@ def test_room_for_the_target_and_not_for_the_draft_is_left_alone() -> None:
 def test_a_draft_that_cannot_be_loaded_any_more_leaves_its_room_to_the_target() -> None:
     guard = Guard(busy=True)
     parts = guard.parts
-    guard.run(12)
-    guard.others_bytes = 268 * MIB
-    guard.run(5)
-    guard.others_bytes = 0
+    guard.play()
     parts.fault = OSError("no such file")
     guard.run(90)
     assert parts.leases() == (160, 0, 0, 0)
@@ -234,10 +240,7 @@ def test_a_draft_that_cannot_be_loaded_any_more_leaves_its_room_to_the_target() 
 def test_a_draft_that_the_device_has_no_memory_for_is_not_tried_at_every_reading() -> None:
     guard = Guard(busy=True)
     parts = guard.parts
-    guard.run(12)
-    guard.others_bytes = 268 * MIB
-    guard.run(5)
-    guard.others_bytes = 0
+    guard.play()
     parts.fault = MemoryError("the card is full")
     guard.run(600)
     assert parts.leases() == (96, 0, 0, 0)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from edgekv.core.capacity import DTYPE_BYTES, MIB, DtypeName, workspace_bytes
+from edgekv.config.units import MIB
+from edgekv.core.demand import Demand
+from edgekv.core.dtype_choice import DtypeName
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.sequence import Sequence, SequenceSpec
 from edgekv.core.step import Chunk
@@ -85,10 +87,9 @@ def test_attention_stays_within_its_workspace(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     shape, context = Shape(attention_softcap=softcap), 8192
     measured = attention_bytes(shape, getattr(torch, dtype), context, tokens)
-    asked = {
-        "device": "cpu", "dtype_bytes": DTYPE_BYTES[dtype], "kv_dtype": dtype, "context_tokens": context,
-        "max_step_tokens": tokens, "max_sampled": 1,
-    }  # fmt: skip
-    planned = workspace_bytes(shape, **asked)  # type: ignore[arg-type]
+    planned = Demand(
+        shape=shape, device="cpu", dtype=dtype, kv_dtype=dtype, block_size=BLOCK, context_tokens=context,
+        max_sequences=1, max_step_tokens=tokens,
+    ).workspace_bytes  # fmt: skip
     assert measured <= planned
     assert planned < 1.5 * measured + 40 * MIB  # an upper bound, and not just any
