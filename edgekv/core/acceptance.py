@@ -38,6 +38,11 @@ class Acceptance:
         return self._accepted / self._proposed if self._proposed else None
 
     @property
+    def share_found(self) -> float | None:
+        """How often there was anything to propose, of the recent times that somebody was asked; None before any."""
+        return self._found[0] / self._asked[0] if self._asked[0] else None
+
+    @property
     def weight(self) -> float:
         """Of how many recent verifications there is something to say."""
         return self._tests[0]

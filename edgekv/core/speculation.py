@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from math import inf
 
 from edgekv.core.acceptance import Acceptances, Offer
+from edgekv.core.speculation_accounts import ProbingAccounts, ReadingAccount, probing_share
 from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, ProposingCosts, StepCosts, running_mean
 
 # A gain below this is not told from noise, nor from what it takes to look for it.
@@ -43,27 +44,18 @@ _TRIED_AFTER = 8  # choices: below it they are tried, and no more than that
 
 _ANYONE = -1  # no sequence's: of one that is not read nothing is known but what holds for all
 
-_FRESH_SHARE = 0.1  # of the latest step in what is told of recent ones
+_SELDOM_FOUND = 0.02  # share of the times that somebody was asked
 
-PROBING_SHARE = 0.0025
-CREDIT_STEPS = 8.0
-# For another number of sequences only what its rows take is left to be found out: not how much is accepted.
-LATER_CREDIT_STEPS = 1.0
-MOST_CREDIT_STEPS = 32.0  # with what was gained
-MOST_DEBT_STEPS = 2.0
-READING_SHARE = 0.0025
-MOST_READING_STEPS = 512.0
-MOST_READING_DEBT_STEPS = 32.0
+_FRESH_SHARE = 0.1  # of the latest step in what is told of recent ones
 
 
 class Controller:
     """Chooses how many tokens are proposed.
 
-    What speculation has cost more than it saved for any number of sequences is kept near PROBING_SHARE of their steps
-    and CREDIT_STEPS more (LATER_CREDIT_STEPS for all numbers but the first), and of what was gained before up to
-    MOST_CREDIT_STEPS may be lost again, as long as steps of as many rows take as long. So it begins, outlasts what is
-    hard to guess, and when it does not pay, goes on trying now and then. Reading has an account of its own: what was
-    gained, and READING_SHARE of all steps.
+    What speculation has cost more than it saved for any number of sequences is kept near a small share of their steps
+    and some credit, and of what was gained before some may be lost again, as long as steps of as many rows take as long
+    (`ProbingAccounts`). So it begins, outlasts what is hard to guess, and when it does not pay, goes on trying now and
+    then. Reading has an account of its own: what was gained, and a share of all steps.
 
     Args:
         most: the most tokens proposed for a sequence.
@@ -87,12 +79,13 @@ class Controller:
         self.seen = Acceptances(most)
         self._proposing = ProposingCosts()
         self._reading_s: float | None = None  # of one token
-        self._accounts: dict[int, float] = {}  # by number of sequences
-        self._reading_steps = CREDIT_STEPS
+        self.accounts = ProbingAccounts()
+        self.reading = ReadingAccount()
         self._num_decodes = 1
         self._plain: dict[int, PlainSteps] = {}  # by number of sequences
         self._num_choices = self._num_probes = 0
-        self._is_probing = self._is_on = False
+        self._is_probing = False
+        self._pays: dict[int, bool] = {}  # by number of sequences, as it was last found
         self._proposed_s = 0.0
         self._kept: dict[int, int] = {}
         self._kept_for: tuple[int, ...] = ()
@@ -108,12 +101,25 @@ class Controller:
 
         While it is negative nothing is proposed.
         """
-        return self._accounts.get(self._num_decodes, LATER_CREDIT_STEPS if self._accounts else CREDIT_STEPS)
+        return self.accounts.left(self._num_decodes)
 
     @property
     def is_on(self) -> bool:
-        """Whether proposals pay, as far as is known."""
-        return self._is_on
+        """Whether proposals pay for as many sequences as there are, as far as is known."""
+        return self._pays.get(self._num_decodes, False)
+
+    @property
+    def pause(self) -> str | None:
+        """Why there are no proposals for as many sequences; None where there are some, and before it was found out."""
+        if self._pays.get(self._num_decodes, True):
+            return None
+        if self._is_unacceptable:
+            share = self.seen.all.each([1.0])[0]
+            return f"of the first tokens proposed {share:.0%} were right, less than {self._min_acceptance:.0%}"
+        found = self.seen.all.share_found
+        if found is not None and found < _SELDOM_FOUND:
+            return "nothing was found to propose"
+        return "it does not pay at present" if self.seen.all.weight else None
 
     @property
     def acceptance(self) -> float | None:
@@ -144,7 +150,8 @@ class Controller:
         self._worth_in_steps, self._missing_steps = inf, 0.0
         worth = self._worth_reading(limits, unread, said or {}, plain_s) if unread else limits
         chosen = {} if self.account_steps < 0 or self._is_unacceptable else self._best(worth, len(most), plain_s)
-        self._note(bool(chosen), limits)
+        if limits:
+            self._note(bool(chosen))
         self._kept, self._kept_for = chosen, tuple(limits)
         self._kept_steps = _KEPT_STEPS if chosen and not is_nudged and not unread else 0
         may_probe = not self._is_unacceptable or self._num_choices % _TRIED_AFTER == 0
@@ -174,36 +181,45 @@ class Controller:
 
     def observe_reading(self, tokens: int, seconds: float) -> None:
         """So many tokens were read, for proposals to come."""
-        known_s = seconds if self._reading_s is None else self._reading_s * tokens
-        self._reading_s = running_mean(self._reading_s, seconds / max(1, tokens))
         plain_s = self.costs.plain(self._num_decodes)
+        if self._reading_s is not None:
+            seconds = min(seconds, MOST_TIMES_MEAN * self._reading_s * tokens)
+        elif plain_s:
+            seconds = min(seconds, plain_s * max(1, tokens))
+        self._reading_s = running_mean(self._reading_s, seconds / max(1, tokens))
         if plain_s:
-            taken_s = min(seconds, MOST_TIMES_MEAN * known_s)
-            self._reading_steps = max(self._reading_steps - taken_s / plain_s, -MOST_READING_DEBT_STEPS)
+            self.reading.pay(seconds / plain_s)
 
     def observe_proposing(self, tokens: int, seconds: float) -> None:
         """Proposing took so long, with at most so many tokens for a sequence."""
-        known_s = self._proposing.of(self._num_decodes, tokens)
+        known_s, plain_s = self._proposing.of(self._num_decodes, tokens), self.costs.plain(self._num_decodes)
+        if known_s:
+            seconds = min(seconds, MOST_TIMES_MEAN * known_s)
+        elif plain_s:
+            # The first guess finds cold caches: until more is known, none is slower than the step that it is for.
+            seconds = min(seconds, tokens * plain_s)
         self._proposing.observe(self._num_decodes, tokens, seconds)
-        self._proposed_s = min(seconds, MOST_TIMES_MEAN * known_s) if known_s else seconds
+        self._proposed_s = seconds
 
     def observe_thinking(self, seconds: float) -> None:
         """It took so long to find that nobody is to be asked."""
         plain_s = self.costs.plain(self._num_decodes)
         if plain_s:
             # Of what comes in while nothing is proposed, some is to be left: else a small model would never try again.
-            self._pay(min(seconds / plain_s, PROBING_SHARE * RESTING_STEPS / 2))
+            share = probing_share(self._num_decodes) * RESTING_STEPS
+            self.accounts.pay(self._num_decodes, min(seconds / plain_s, share / 2))
 
     def observe_step(self, decodes: int, proposed: int, accepted: int, seconds: float) -> None:
         """A step of so many sequences, without any prompt, verified and accepted so many tokens in so many seconds."""
         plain_s = self.costs.plain(decodes)
         plain = self._plain.setdefault(decodes, PlainSteps())
-        self._pay(-PROBING_SHARE)
-        self._reading_steps = min(self._reading_steps + READING_SHARE, MOST_READING_STEPS)
+        self._num_decodes = decodes
+        self.accounts.earn(decodes, 1)
+        self.reading.earn(1)
         self.tokens = _faded(self.tokens, proposed / decodes)
         proposing_s, self._proposed_s = self._proposed_s, 0.0
         if plain_s:
-            self._pay(proposing_s / plain_s)
+            self.accounts.pay(decodes, proposing_s / plain_s)
         if proposed == 0:
             if plain.observe():
                 self.costs.observe(decodes, decodes, seconds)
@@ -216,9 +232,9 @@ class Controller:
         self.costs.observe(decodes, decodes + proposed, seconds)
         if plain_s:
             gained = 1 + accepted / decodes
-            self._pay(taken_s / plain_s - gained, MOST_CREDIT_STEPS)
+            self.accounts.pay(decodes, taken_s / plain_s - gained)
             gain = gained - (taken_s + proposing_s) / plain_s
-            self._reading_steps = min(self._reading_steps + max(0.0, gain), MOST_READING_STEPS)
+            self.reading.pay(min(0.0, -gain))
             self.speedup = _faded(self.speedup, gained * plain_s / (taken_s + proposing_s))
 
     def observe_other_step(self) -> None:
@@ -230,18 +246,23 @@ class Controller:
         plain_s = self.costs.plain(decodes)
         if plain_s:
             lost_s = max(0.0, min(seconds, MOST_TIMES_MEAN * plain_s) - plain_s)
-            self._pay((self._proposed_s + lost_s) / plain_s - PROBING_SHARE)
+            self.accounts.pay(decodes, (self._proposed_s + lost_s) / plain_s)
+            self.accounts.earn(decodes, 1)
         self._proposed_s = 0.0
 
     def is_in_debt(self, decodes: int) -> bool:
         """Whether for so many sequences there is nothing to choose at present, so that nobody needs to think."""
-        return self._accounts.get(decodes, 0.0) < 0
+        if not self.accounts.is_in_debt(decodes):
+            return False
+        self._num_decodes = decodes
+        self._note(pays=False)
+        return True
 
     def observe_rest(self, decodes: int, steps: int) -> None:
         """So many steps of which nothing else is told, without proposals, went by."""
         self._num_decodes = max(1, decodes)
-        self._pay(-PROBING_SHARE * steps)
-        self._reading_steps = min(self._reading_steps + READING_SHARE * steps, MOST_READING_STEPS)
+        self.accounts.earn(self._num_decodes, steps)
+        self.reading.earn(steps)
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
@@ -252,16 +273,15 @@ class Controller:
         # Of the first proposals: later ones are accepted less often, and it is for the rate to say how many there are.
         return self.seen.all.weight >= _JUDGED_AFTER and self.seen.all.each([1.0])[0] < self._min_acceptance
 
-    def _note(self, pays: bool, limits: Mapping[int, int]) -> None:
-        if limits:
-            self.pauses += self._is_on and not pays
-            self._is_on = pays
+    def _note(self, pays: bool) -> None:
+        self.pauses += self.is_on and not pays
+        self._pays[self._num_decodes] = pays
 
     def _rest(self) -> int:
         """For how many steps there is nothing else to choose: until something is worth reading, or can be tried."""
         if self._worth_in_steps < RESTING_STEPS:
             return max(1, int(self._worth_in_steps))
-        return int(min(max(RESTING_STEPS, self._missing_steps / PROBING_SHARE), _MOST_RESTING_STEPS))
+        return int(min(max(RESTING_STEPS, self._missing_steps / probing_share(self._num_decodes)), _MOST_RESTING_STEPS))
 
     def _worth_reading(
         self, limits: Mapping[int, int], unread: Mapping[int, int], said: Mapping[int, int], plain_s: float
@@ -277,9 +297,9 @@ class Controller:
                 _, rate = self._rate({_ANYONE: self.most}, decodes, plain_s)
                 saved_share = 1 - decodes / plain_s / rate
             share = 1.0 if saved_share is None else saved_share
-            if self._reading_steps < 0 or share * took_s < takes_s:
+            if self.reading.left < 0 or share * took_s < takes_s:
                 del worth[number]
-                if self._reading_steps >= 0 and share > 0:
+                if self.reading.left >= 0 and share > 0:
                     self._worth_in_steps = min(self._worth_in_steps, (takes_s / share - took_s) * decodes / plain_s)
         return worth
 
@@ -324,7 +344,7 @@ class Controller:
         if not known:
             number = min(limits, key=lambda each: unread[each])
             reading_steps = unread[number] * (self._reading_s or 0.0) / plain_s
-            return {number: 1} if reading_steps <= self._reading_steps else {}
+            return {number: 1} if reading_steps <= self.reading.left else {}
         number = known[self._num_choices % len(known)]
         tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self._most_rows(decodes))
         extra_s = self.costs.of(decodes, decodes + tokens) + self._proposing.of(decodes, tokens) - plain_s
@@ -338,11 +358,6 @@ class Controller:
         """How many rows more than that may be tried: a step is at most twice as large as any that was measured."""
         rows = 2 * self.costs.most_rows(decodes) - decodes
         return rows if self._most_in_all is None else min(rows, self._most_in_all)
-
-    def _pay(self, steps: float, most: float = CREDIT_STEPS) -> None:
-        # A credit without bounds would let it lose for hours what it once gained, and a debt without, pause for hours.
-        left = self.account_steps
-        self._accounts[self._num_decodes] = min(max(left - steps, -MOST_DEBT_STEPS), max(left, most))
 
 
 def _faded(mean: float | None, value: float) -> float:

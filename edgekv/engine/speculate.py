@@ -33,13 +33,13 @@ class Speculation:
         self._thinking_s = self._spent_s = 0.0
         self._step: tuple[int, int, int] | None = None
         self._is_alone = False
-        self._verifications = self._read_tokens = 0
+        self._verifications = self._read_tokens = self._ended = 0
         self._rests: dict[int, int] = {}  # steps for which there is nothing to choose, by sequences running
         self._rested: dict[int, int] = {}  # of them, those that went by since the controller heard of them
         self._resting: int | None = None  # sequences running in a step that rests
         self._banned_steps = 0
         self._stats: SpeculationStats | None = None
-        self._stats_as_of = (0, 0, 0, 0)
+        self._stats_as_of: tuple[object, ...] = ()
         self._stats_age = 0
 
     def wants(self) -> bool:
@@ -134,13 +134,15 @@ class Speculation:
     def forget(self, sequence_ids: Iterable[int]) -> None:
         """These have ended."""
         for sequence_id in sequence_ids:
+            self._ended += 1
             self._proposer.forget(sequence_id)
             if self._controller is not None:
                 self._controller.forget(sequence_id)
 
     def stats(self) -> SpeculationStats:
         """Counts as of now; means that fade and a pool that nothing is done with are a few steps old."""
-        as_of = self._verifications, self._read_tokens, self._proposer.yields, self._proposer.returns
+        proposer = self._proposer
+        as_of = self._verifications, self._read_tokens, proposer.yields, proposer.returns, proposer.gone, self._ended
         self._stats_age += 1
         if self._stats is None or as_of != self._stats_as_of or self._stats_age > RESTING_STEPS:
             self._stats, self._stats_as_of, self._stats_age = self._fresh_stats(), as_of, 0
@@ -153,8 +155,8 @@ class Speculation:
             state, detail = SpeculationState.OFF, proposer.gone
         elif proposer.away is not None:
             state, detail = SpeculationState.YIELDED, proposer.away
-        elif controller is not None and self._verifications and not controller.is_on:
-            state, detail = SpeculationState.PAUSED, "proposals do not pay at present"
+        elif controller is not None and controller.pause is not None:
+            state, detail = SpeculationState.PAUSED, controller.pause
         return SpeculationStats(
             method=proposer.method,
             state=state,

@@ -1,6 +1,7 @@
 """The controller finds the number of proposals that pays, and what it tries costs no more than it says."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -9,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekv.core.acceptance import Acceptance
-from edgekv.core.speculation import (
+from edgekv.core.speculation import RESTING_STEPS, Controller
+from edgekv.core.speculation_accounts import (
     CREDIT_STEPS,
     LATER_CREDIT_STEPS,
     MOST_CREDIT_STEPS,
     PROBING_SHARE,
-    RESTING_STEPS,
-    Controller,
+    probing_share,
 )
 from edgekv.core.step_costs import ProposingCosts, StepCosts
 
@@ -347,16 +348,16 @@ def test_one_stall_of_reading_is_not_paid_for_for_hours() -> None:
     run.run(100)
     run.controller.observe_reading(100, 0.01)
     run.controller.observe_reading(100, 1000.0)
-    assert run.controller._reading_steps >= -32.0
+    assert run.controller.reading.left >= -32.0
     for _ in range(60):
         run.controller.observe_reading(4000, 1000.0)
-    assert run.controller._reading_steps == -32.0
+    assert run.controller.reading.left == -32.0
 
 
 def test_nobody_is_chosen_whose_reading_is_not_worth_it() -> None:
     run = Simulation([0.9] * 4, line(0.0))
     run.run(200)
-    run.controller._reading_steps = -1.0
+    run.controller.reading.left = -1.0
     wanted = run.controller.choose(
         dict.fromkeys(range(4), 100), dict.fromkeys((0, 1, 2), 4000), dict.fromkeys(range(3), 9)
     )
@@ -372,6 +373,62 @@ def test_another_number_of_sequences_has_less_to_find_out_with() -> None:
     assert controller.account_steps == LATER_CREDIT_STEPS
     controller.choose({1: 9, 2: 9, 3: 9})
     assert controller.account_steps == CREDIT_STEPS
+
+
+def test_a_first_guess_that_finds_cold_caches_does_not_stop_speculation() -> None:
+    run = Simulation([0.9], line(0.05), 0.001)
+    controller = run.controller
+    for _ in range(20):
+        run.step()
+        if run.asked:
+            break
+    assert run.asked == 1
+    cold = Simulation([0.9], line(0.05), 0.001)
+    observe, stalls = cold.controller.observe_proposing, [0.5]
+
+    def stalled(tokens: int, seconds: float) -> None:
+        observe(tokens, seconds + (stalls.pop() if stalls else 0.0))
+
+    cold.controller.observe_proposing = stalled  # type: ignore[method-assign]
+    cold.run(60)
+    assert not stalls
+    assert sum(size > 0 for size in cold.sizes[-20:]) >= 15
+    assert controller.account_steps > 0
+
+
+@pytest.mark.parametrize(
+    ("chance", "found", "least", "pause"),
+    [
+        (0.95, 1.0, 0.0, None),
+        (0.0, 1.0, 0.0, "it does not pay at present"),
+        (0.5, 1.0, 0.9, "of the first tokens proposed [45][0-9]% were right, less than 90%"),
+        (0.9, 0.0, 0.0, "nothing was found to propose"),
+    ],
+)
+def test_it_says_why_nothing_is_proposed(chance: float, found: float, least: float, pause: str | None) -> None:
+    run = Simulation([chance], line(0.3 if least == 0 else 0.0), 0.002, found=found)
+    run.controller._min_acceptance = least
+    assert run.controller.pause is None, "before it was tried"
+    run.run(600)
+    told = run.controller.pause
+    assert told is None if pause is None else re.search(pause, told or "")
+    assert run.controller.is_on is (pause is None)
+
+
+def test_a_pause_is_of_one_number_of_sequences_and_debt_is_one() -> None:
+    controller = Simulation([0.95], line(0.05))
+    controller.run(300)
+    found = controller.controller
+    assert (found.is_on, found.pauses) == (True, 0)
+    found.choose(dict.fromkeys(range(5), 9))
+    assert (found.is_on, found.pauses) == (False, 0), "five were never on"
+    found.choose({0: 9})
+    assert found.is_on
+    found.accounts._left[1] = -1.0
+    assert found.is_in_debt(1)
+    assert (found.is_on, found.pauses) == (False, 1)
+    assert found.is_in_debt(1)
+    assert found.pauses == 1
 
 
 def test_what_was_gained_may_be_lost_again_and_no_more_than_that() -> None:
@@ -399,14 +456,14 @@ def test_a_rest_is_as_long_as_it_takes_until_it_can_be_tried_again() -> None:
     needed = probe / plain_s - 1
 
     def rest_with(account: float, num_probes: int = 0) -> int:
-        controller._num_probes, controller._accounts[4] = num_probes, account
+        controller._num_probes, controller.accounts._left[4] = num_probes, account
         assert controller.choose(most) == {}
         return controller.rest_steps
 
-    assert rest_with(needed - 60 * PROBING_SHARE) in (59, 60)
-    assert rest_with(needed - 10 * PROBING_SHARE) == RESTING_STEPS
+    assert rest_with(needed - 60 * probing_share(4)) in (59, 60)
+    assert rest_with(needed - 10 * probing_share(4)) == RESTING_STEPS
     assert rest_with(0.0, 1) == 128, "four tokens cost more, but after a while it is thought about"
-    controller._num_probes, controller._accounts[4] = 0, needed * 1.01
+    controller._num_probes, controller.accounts._left[4] = 0, needed * 1.01
     assert sum(controller.choose(most).values()) == 1
     assert controller.rest_steps == 0
 
@@ -417,7 +474,7 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
     controller = run.controller
     plain_s = controller.costs.plain(1)
     assert plain_s is not None
-    controller._reading_s, controller._reading_steps = 10 * plain_s / 100, 0.0  # a hundred tokens are ten steps
+    controller._reading_s, controller.reading.left = 10 * plain_s / 100, 0.0  # a hundred tokens are ten steps
     said = 0
     for _ in range(4):
         wanted = controller.choose({0: 100}, {0: 100}, {0: said})
@@ -427,7 +484,7 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
         said += controller.rest_steps
     assert wanted
     assert 10 < said < 40
-    controller._reading_steps = -1.0
+    controller.reading.left = -1.0
     assert controller.choose({0: 100}, {0: 100}, {0: said}) == {}
     assert controller.rest_steps == RESTING_STEPS
 

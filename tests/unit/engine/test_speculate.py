@@ -14,8 +14,9 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.sampling import SamplingParams
 from edgekv.core.scheduler import Limits, Outcome, Scheduler
 from edgekv.core.sequence import FinishReason, Sequence, SequenceSpec
-from edgekv.core.speculation import PROBING_SHARE, Controller
-from edgekv.core.step import Sampled, StepPlan, StepReport
+from edgekv.core.speculation import Controller
+from edgekv.core.speculation_accounts import PROBING_SHARE
+from edgekv.core.step import Sampled, SpeculationState, StepPlan, StepReport
 from edgekv.engine.core import EngineCore
 from edgekv.engine.proposer import Proposer
 from edgekv.engine.protocols import Pending
@@ -219,7 +220,7 @@ def test_a_controller_says_how_many_and_learns_what_steps_take() -> None:
 def test_where_none_is_worth_it_nobody_is_asked() -> None:
     controller = Controller(3)
     controller.observe_step(1, 0, 0, 1.0)
-    controller._accounts[1] = -1.0
+    controller.accounts._left[1] = -1.0
     harness = Harness(counting(9), controller=controller)
     harness.submit(1)
     assert (harness.step(), harness.step()) == ([4], [5])
@@ -231,7 +232,7 @@ def test_in_debt_nobody_thinks_about_it() -> None:
     harness = Harness(counting(9), controller=controller)
     harness.submit(1)
     harness.step()
-    controller._accounts[1] = -1.0
+    controller.accounts._left[1] = -1.0
 
     def choose(*_: object) -> dict[int, int]:
         raise AssertionError("it is asked what to choose")
@@ -328,6 +329,21 @@ def test_a_step_that_was_alone_for_nothing_is_paid_for_and_says_nothing_of_plain
     speculation.took(1.5)
     assert controller.costs.plain(1) == 1.0
     assert controller.account_steps == pytest.approx(min(before, before - 0.5 + PROBING_SHARE))
+
+
+def test_stats_are_new_when_a_sequence_ends_and_when_the_draft_is_given_up() -> None:
+    harness = Harness(counting(9))
+    speculation = harness.core._speculation
+    assert speculation is not None
+    harness.submit(1)
+    harness.step()
+    told = speculation.stats()
+    assert speculation.stats() is told
+    harness.core.abort(1)
+    again = speculation.stats()
+    assert again is not told
+    harness.script.gone = "its files went"
+    assert speculation.stats().state is SpeculationState.OFF
 
 
 def test_a_proposer_without_memory_costs_nobody_anything() -> None:
