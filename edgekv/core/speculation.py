@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from math import inf
 
 from edgekv.core.acceptance import Acceptances, Offer
-from edgekv.core.speculation_accounts import ProbingAccounts, ReadingAccount, probing_share
+from edgekv.core.speculation_accounts import CREDIT_STEPS, ProbingAccounts, ReadingAccount, probing_share
 from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, ProposingCosts, StepCosts, running_mean
 
 # A gain below this is not told from noise, nor from what it takes to look for it.
@@ -40,9 +40,7 @@ RESTING_STEPS = 32
 _MOST_RESTING_STEPS = 128
 # Verifications of which acceptance is known well enough to be held against `min_acceptance`.
 _JUDGED_AFTER = 16.0
-_TRIED_AFTER = 8  # choices: below it they are tried, and no more than that
-
-_ANYONE = -1  # no sequence's: of one that is not read nothing is known but what holds for all
+_TRIED_AFTER = 16  # steps: below it they are tried, and no more than that
 
 _SELDOM_FOUND = 0.02  # share of the times that somebody was asked
 
@@ -90,6 +88,8 @@ class Controller:
         self._kept: dict[int, int] = {}
         self._kept_for: tuple[int, ...] = ()
         self._kept_steps = 0
+        self._reading: set[int] = set()  # sequences of which some was read, and not yet all
+        self._untried_steps = 0
         self._missing_steps = 0.0  # in the account, to try what was last thought of
         self._worth_in_steps = inf  # until the first sequence will have said enough to be read
         self._rate_s = 0.0  # tokens a second that the latest choice comes to
@@ -154,11 +154,14 @@ class Controller:
             self._note(bool(chosen))
         self._kept, self._kept_for = chosen, tuple(limits)
         self._kept_steps = _KEPT_STEPS if chosen and not is_nudged and not unread else 0
-        may_probe = not self._is_unacceptable or self._num_choices % _TRIED_AFTER == 0
+        may_probe = not self._is_unacceptable or self._untried_steps >= _TRIED_AFTER
         if not chosen and self.account_steps >= 0 and may_probe:
             chosen = self._probe(limits, unread or {}, len(most), plain_s)
-        if not chosen:
+        if chosen:
+            self._untried_steps = 0
+        elif limits:
             self.rest_steps = self._rest()
+        self._reading.update(chosen.keys() & unread.keys() if unread else ())
         return chosen
 
     def observe(self, sequence_id: int, proposed: int, accepted: int) -> None:
@@ -214,31 +217,33 @@ class Controller:
         plain_s = self.costs.plain(decodes)
         plain = self._plain.setdefault(decodes, PlainSteps())
         self._num_decodes = decodes
-        self.accounts.earn(decodes, 1)
-        self.reading.earn(1)
+        self._earn(1)
         self.tokens = _faded(self.tokens, proposed / decodes)
         proposing_s, self._proposed_s = self._proposed_s, 0.0
-        if plain_s:
-            self.accounts.pay(decodes, proposing_s / plain_s)
         if proposed == 0:
-            if plain.observe():
-                self.costs.observe(decodes, decodes, seconds)
+            if plain_s:
+                self.accounts.pay(decodes, proposing_s / plain_s)
+            if (measured_s := plain.observe(seconds, plain_s)) is not None:
+                self.costs.observe(decodes, decodes, measured_s)
             return
-        plain.interrupt()
         self._num_probes += self._is_probing
-        taken_s = max(seconds, LEAST_S)
-        if plain_s is not None:
-            taken_s = min(taken_s, MOST_TIMES_MEAN * self.costs.of(decodes, decodes + proposed))
+        expected_s = None if plain_s is None else self.costs.of(decodes, decodes + proposed)
+        plain.interrupt(seconds, expected_s)
         self.costs.observe(decodes, decodes + proposed, seconds)
-        if plain_s:
+        if plain_s and expected_s:
+            taken_s = proposing_s + min(max(seconds, LEAST_S), MOST_TIMES_MEAN * expected_s)
             gained = 1 + accepted / decodes
             self.accounts.pay(decodes, taken_s / plain_s - gained)
-            gain = gained - (taken_s + proposing_s) / plain_s
-            self.reading.pay(min(0.0, -gain))
-            self.speedup = _faded(self.speedup, gained * plain_s / (taken_s + proposing_s))
+            self.reading.pay(min(0.0, taken_s / plain_s - gained))
+            self.speedup = _faded(self.speedup, gained * plain_s / taken_s)
 
     def observe_other_step(self) -> None:
         """A step with prompts in it: what was proposed for it cannot be compared with anything."""
+        plain_s = self.costs.plain(self._num_decodes)
+        if self._is_probing and plain_s:
+            # Else there would be one in each of many such steps.
+            self._num_probes += 1
+            self.accounts.pay(self._num_decodes, self._proposed_s / plain_s)
         self._proposed_s = 0.0
 
     def observe_alone(self, decodes: int, seconds: float) -> None:
@@ -261,12 +266,17 @@ class Controller:
     def observe_rest(self, decodes: int, steps: int) -> None:
         """So many steps of which nothing else is told, without proposals, went by."""
         self._num_decodes = max(1, decodes)
-        self.accounts.earn(self._num_decodes, steps)
-        self.reading.earn(steps)
+        self._earn(steps)
 
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
         self.seen.forget(sequence_id)
+        self._reading.discard(sequence_id)
+
+    def _earn(self, steps: int) -> None:
+        self.accounts.earn(self._num_decodes, steps)
+        self.reading.earn(steps)
+        self._untried_steps += steps
 
     @property
     def _is_unacceptable(self) -> bool:
@@ -279,22 +289,27 @@ class Controller:
 
     def _rest(self) -> int:
         """For how many steps there is nothing else to choose: until something is worth reading, or can be tried."""
-        if self._worth_in_steps < RESTING_STEPS:
-            return max(1, int(self._worth_in_steps))
-        return int(min(max(RESTING_STEPS, self._missing_steps / probing_share(self._num_decodes)), _MOST_RESTING_STEPS))
+        if self._is_unacceptable:
+            return max(1, _TRIED_AFTER - self._untried_steps)
+        until_tried = self._missing_steps / probing_share(self._num_decodes)
+        rest = min(max(RESTING_STEPS, until_tried), _MOST_RESTING_STEPS, self._worth_in_steps)
+        return max(1, int(rest))
 
     def _worth_reading(
         self, limits: Mapping[int, int], unread: Mapping[int, int], said: Mapping[int, int], plain_s: float
     ) -> dict[int, int]:
         """The limits of those that are read, and of those that are worth it; of the others, notes when the first is."""
         worth, decodes, saved_share = dict(limits), self._num_decodes, None
+        self._reading &= unread.keys()
         for number, tokens in unread.items():
-            if number not in worth:
+            # To stop halfway would have been for nothing.
+            if number not in worth or number in self._reading:
                 continue
             # At most it saves all that the sequence took: for most there is no need to know more.
             took_s, takes_s = said.get(number, 0) * plain_s / decodes, tokens * (self._reading_s or 0.0)
             if took_s >= takes_s and saved_share is None:
-                _, rate = self._rate({_ANYONE: self.most}, decodes, plain_s)
+                # If all were read, for they share the draft's steps.
+                _, rate = self._rate(limits, decodes, plain_s)
                 saved_share = 1 - decodes / plain_s / rate
             share = 1.0 if saved_share is None else saved_share
             if self.reading.left < 0 or share * took_s < takes_s:
@@ -344,15 +359,26 @@ class Controller:
         if not known:
             number = min(limits, key=lambda each: unread[each])
             reading_steps = unread[number] * (self._reading_s or 0.0) / plain_s
-            return {number: 1} if reading_steps <= self.reading.left else {}
-        number = known[self._num_choices % len(known)]
+            # What will be worth it is waited for.
+            is_in_vain = self._reading_s is None or self._worth_in_steps == inf
+            return {number: 1} if is_in_vain and reading_steps <= self.reading.left else {}
+        number = known[self._num_probes % len(known)]
         tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self._most_rows(decodes))
-        extra_s = self.costs.of(decodes, decodes + tokens) + self._proposing.of(decodes, tokens) - plain_s
-        self._missing_steps = extra_s / plain_s - self.account_steps
-        if self._missing_steps > 0:
-            return {}
-        self._is_probing = True
-        return {number: tokens}
+        if tokens > 1 and self._can_try(decodes, tokens, tokens, plain_s):
+            return {number: tokens}
+        # One step of the draft's guesses a token for each.
+        everyone = dict.fromkeys(known[: self._most_rows(decodes)], 1)
+        for tried in (everyone, {number: 1}):
+            if self._can_try(decodes, 1, len(tried), plain_s):
+                return tried
+        return {}
+
+    def _can_try(self, decodes: int, tokens: int, rows: int, plain_s: float) -> bool:
+        extra_s = self.costs.of(decodes, decodes + rows) + self._proposing.of(decodes, tokens) - plain_s
+        # Time alone gives no more than the first credit: whatever costs more could never be tried.
+        self._missing_steps = min(extra_s / plain_s, CREDIT_STEPS) - self.account_steps
+        self._is_probing = self._missing_steps <= 0
+        return self._is_probing
 
     def _most_rows(self, decodes: int) -> int:
         """How many rows more than that may be tried: a step is at most twice as large as any that was measured."""

@@ -5,6 +5,7 @@ Runs in: engine thread; owns: what was measured.
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import inf
 
 # A measurement's share in the running mean of seconds: what others do to a machine makes steps longer, never shorter,
 # so a short one says more. And how far above the mean one counts at all (a stall is not the step).
@@ -16,10 +17,15 @@ _MOST_TIMES_GUESS = 2.0  # the first one against what was to be expected: should
 _ASSUMED_ROW_SHARE = 0.05
 
 # Steps without proposals before any with them, and again after so many with them, the first time after fewer: what they
-# take may have changed. The last of a few in a row is measured, for the first finds the caches full of other things.
+# take may have changed. The last of a few in a row are measured, for the first finds the caches full of other things.
 _PLAIN_IN_A_ROW = 3
 _REFRESHED_AFTER = 128
 _REFRESHED_FIRST = 4
+# A machine that has become slower makes steps with proposals look bad beside what others took before: after some of
+# them that took so much longer than usual the others are measured again, until these take what they usually take.
+_SLOWER = 1.25
+_SLOWER_IN_A_ROW = 3
+_MOST_IN_DOUBT = 40
 
 
 def running_mean(mean: float | None, seconds: float) -> float:
@@ -118,26 +124,43 @@ class PlainSteps:
     in_a_row: int = 0
     since: int = 0
     due_after: int = 0
+    latest_s: float = inf
+    """Of those in a row."""
+    slower_in_a_row: int = 0
+    """Steps with proposals that took longer than expected."""
+    is_in_doubt: bool = False
+    """Whether what was measured of them is no longer true."""
 
     @property
     def is_due(self) -> bool:
         """Whether the next steps are to be without proposals."""
-        return self.since >= self.due_after
+        return self.is_in_doubt or self.since >= self.due_after
 
-    def observe(self) -> bool:
-        """There was one more; answers whether it can be measured."""
+    def observe(self, seconds: float, mean_s: float | None) -> float | None:
+        """There was one more, which took so long, where `mean_s` is usual.
+
+        Answers what is to be measured, if anything is: the shorter of the last two.
+        """
         self.in_a_row += 1
+        # Everything is compared with it: were it a stall, whatever comes next would seem to gain.
+        shorter_s, self.latest_s = min(seconds, self.latest_s), seconds
         if self.in_a_row < _PLAIN_IN_A_ROW:
-            return False
-        if self.is_due:
+            return None
+        if self.since >= self.due_after:
             self.due_after = min(2 * self.due_after or _REFRESHED_FIRST, _REFRESHED_AFTER)
         self.since = 0
-        return True
+        is_usual = mean_s is None or shorter_s <= _SLOWER * mean_s
+        self.is_in_doubt = self.is_in_doubt and not is_usual and self.in_a_row < _MOST_IN_DOUBT
+        return shorter_s
 
-    def interrupt(self) -> None:
-        """There was one with proposals."""
-        self.in_a_row = 0
+    def interrupt(self, seconds: float, expected_s: float | None) -> None:
+        """There was one with proposals, which took so long."""
+        self.in_a_row, self.latest_s = 0, inf
         self.since += 1
+        is_slower = expected_s is not None and seconds > _SLOWER * expected_s
+        self.slower_in_a_row = self.slower_in_a_row + 1 if is_slower else 0
+        if self.slower_in_a_row >= _SLOWER_IN_A_ROW:
+            self.is_in_doubt, self.slower_in_a_row = True, 0
 
 
 class _Line:

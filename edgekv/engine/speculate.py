@@ -135,6 +135,8 @@ class Speculation:
         """These have ended."""
         for sequence_id in sequence_ids:
             self._ended += 1
+            # To whoever talks alone the next answer is another matter.
+            self._rests.pop(1, None)
             self._proposer.forget(sequence_id)
             if self._controller is not None:
                 self._controller.forget(sequence_id)

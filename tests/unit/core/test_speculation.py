@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgekv.core.acceptance import Acceptance
+from edgekv.core.acceptance import Acceptance, Acceptances
 from edgekv.core.speculation import RESTING_STEPS, Controller
 from edgekv.core.speculation_accounts import (
     CREDIT_STEPS,
@@ -447,7 +447,7 @@ def test_what_was_gained_may_be_lost_again_and_no_more_than_that() -> None:
 
 
 def test_a_rest_is_as_long_as_it_takes_until_it_can_be_tried_again() -> None:
-    run = Simulation([0.0] * 4, line(0.5), 0.001)
+    run = Simulation([0.0] * 4, line(0.5), 0.004)
     run.run(400)
     controller, most = run.controller, dict.fromkeys(range(4), 100)
     probe = controller.costs.of(4, 5) + controller._proposing.of(4, 1)
@@ -455,14 +455,16 @@ def test_a_rest_is_as_long_as_it_takes_until_it_can_be_tried_again() -> None:
     assert plain_s is not None
     needed = probe / plain_s - 1
 
-    def rest_with(account: float, num_probes: int = 0) -> int:
-        controller._num_probes, controller.accounts._left[4] = num_probes, account
+    def rest_with(account: float) -> int:
+        controller._num_probes, controller.accounts._left[4] = 0, account
         assert controller.choose(most) == {}
         return controller.rest_steps
 
     assert rest_with(needed - 60 * probing_share(4)) in (59, 60)
     assert rest_with(needed - 10 * probing_share(4)) == RESTING_STEPS
-    assert rest_with(0.0, 1) == 128, "four tokens cost more, but after a while it is thought about"
+    assert rest_with(0.0) == 128, "after a while it is thought about in any case"
+    controller._num_probes, controller.accounts._left[4] = 1, needed * 1.01
+    assert sum(controller.choose(most).values()) == 1, "where four tokens cost too much"
     controller._num_probes, controller.accounts._left[4] = 0, needed * 1.01
     assert sum(controller.choose(most).values()) == 1
     assert controller.rest_steps == 0
@@ -485,8 +487,97 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
     assert wanted
     assert 10 < said < 40
     controller.reading.left = -1.0
-    assert controller.choose({0: 100}, {0: 100}, {0: said}) == {}
+    assert controller.choose({0: 100}, {0: 50}, {0: said}), "what was begun is read to its end"
+    assert controller.choose({1: 100}, {1: 100}, {1: said}) == {}
     assert controller.rest_steps == RESTING_STEPS
+    controller.forget(0)
+    assert controller.choose({0: 100}, {0: 50}, {0: said}) == {}
+
+
+def test_those_who_share_the_drafts_steps_are_worth_reading_together() -> None:
+    run = Simulation([0.9] * 4, line(0.05), 0.002)
+    run.run(300)
+    controller, most = run.controller, dict.fromkeys(range(4), 100)
+    plain_s = controller.costs.plain(4)
+    assert plain_s is not None
+    controller._reading_s, controller.seen = plain_s / 200, Acceptances(8)
+    for _ in range(20):
+        controller.seen.observe(9, 4, 4)
+    assert controller.choose(most, dict.fromkeys(most, 200), dict.fromkeys(most, 100)).keys() == most.keys()
+
+
+def test_it_does_not_read_to_try_what_will_be_worth_reading() -> None:
+    run = Simulation([0.95], line(0.05))
+    run.run(400)
+    controller = run.controller
+    plain_s = controller.costs.plain(1)
+    assert plain_s is not None
+    controller._reading_s, controller.reading.left = plain_s / 20, 500.0
+    assert controller.choose({7: 100}, {7: 2_000}, {7: 5}) == {}
+    assert controller.rest_steps == RESTING_STEPS
+    assert controller.choose({7: 100}, {7: 2_000}, {7: 300})
+
+
+def test_at_the_last_token_nothing_is_chosen_for_the_steps_to_come() -> None:
+    run = Simulation([0.95], line(0.05))
+    run.run(100)
+    assert run.controller.choose({0: 0}) == {}
+    assert run.controller.rest_steps == 0
+    assert run.controller.is_on
+
+
+def test_what_costs_more_than_the_first_credit_is_tried_all_the_same() -> None:
+    run = Simulation([0.9], line(0.05), 0.1)
+    run.run(20_000)
+    asked = run.asked
+    run.draft_s = 0.001
+    run.run(20_000)
+    assert run.asked > asked + 5_000
+
+
+@pytest.mark.parametrize("slower", [1.5, 3.0])
+def test_a_machine_that_becomes_slower_is_not_taken_for_proposals_that_do_not_pay(slower: float) -> None:
+    run = Simulation([0.8], line(0.1), 0.001, noise=0.03)
+    run.run(1_500)
+    costs, before = run.costs, len(run.sizes)
+    run.costs, run.draft_s = lambda rows: slower * costs(rows), slower * run.draft_s
+    run.run(3_000)
+    assert sum(size == 0 for size in run.sizes[before:]) < 350
+
+
+def test_a_probe_of_several_sequences_shares_the_drafts_step() -> None:
+    run = Simulation([0.0] * 8, line(0.3), 0.001)
+    run.run(400)
+    controller = run.controller
+    controller._num_probes, controller.accounts._left[8] = 0, CREDIT_STEPS
+    assert controller.choose(dict.fromkeys(range(8), 100)) == dict.fromkeys(range(8), 1)
+
+
+def test_a_probe_in_a_step_with_prompts_is_paid_for() -> None:
+    run = Simulation([0.0], line(0.5), 0.005)
+    run.run(100)
+    controller = run.controller
+    controller.accounts._left[1] = CREDIT_STEPS
+    probes = 0
+    for _ in range(100):
+        if controller.choose({0: 100}):
+            probes += 1
+            controller.observe_proposing(1, 0.005)
+        controller.observe_other_step()
+    assert 0 < probes < 20
+    assert controller.account_steps < CREDIT_STEPS - 4
+
+
+def test_what_a_step_gains_and_what_its_guess_cost_are_paid_in_one() -> None:
+    run = Simulation([0.9], line(0.05), 0.01)
+    run.run(100)
+    controller = run.controller
+    plain_s = controller.costs.plain(1)
+    assert plain_s is not None
+    controller.accounts._left[1] = 0.0
+    controller.observe_proposing(4, 6 * plain_s)
+    controller.observe_step(1, 4, 4, 1.2 * plain_s)
+    assert controller.account_steps == pytest.approx(-2.0, abs=0.1), "7.2 steps for five"
 
 
 @pytest.mark.parametrize(("chance", "on"), [(0.9, True), (0.4, False)])
@@ -495,6 +586,16 @@ def test_below_the_least_acceptance_there_are_none_but_to_try(chance: float, on:
     run.controller = Controller(8, min_acceptance=0.7)
     run.run(2_000)
     assert (sum(size > 0 for size in run.sizes[-500:]) > 100) is on
+
+
+def test_what_becomes_acceptable_is_proposed_again() -> None:
+    run = Simulation([0.2], line(0.01))
+    run.controller = Controller(8, min_acceptance=0.5)
+    run.run(2_000)
+    assert not run.controller.is_on
+    run.chances = [0.95]
+    run.run(2_500)
+    assert run.controller.is_on
 
 
 def test_a_clock_that_stands_still_breaks_nothing() -> None:
