@@ -57,7 +57,7 @@ def bench_engine(
         None, help="With --speculate, what to ask: a prompt a line, or a chat as JSON; the demo model has its own."
     ),
     fixed: str = typer.Option(
-        "", help="With --speculate, also so many tokens always, without the controller: 1,2,4,8."
+        "", help="With --speculate, also so many tokens always, whether or not it pays: 1,2,4,8."
     ),
     max_tokens: int = typer.Option(200, min=1, help="With --speculate, the longest answer."),
     warm_up: int = typer.Option(1, min=0, help="With --speculate, rounds before those that count."),
@@ -72,7 +72,9 @@ def bench_engine(
         raise typer.BadParameter("--draft, --prompts and --fixed go with --speculate")
     name, settings = _settings(model, weights, kernels, kv_dtype, step_tokens)
     if speculate:
-        asked = Asked(batches, numbers(fixed, "--fixed"), max_tokens, warm_up, repeat, profile)
+        from edgekv.config.settings import MAX_PROPOSED
+
+        asked = Asked(batches, numbers(fixed, "--fixed", MAX_PROPOSED), max_tokens, warm_up, repeat, profile)
         settings = speculating(settings, draft)
         asked_of = encoded(settings, asked_chats(name, prompts, settings), max_tokens)
         longest = max(map(len, asked_of)) + max_tokens
@@ -120,14 +122,15 @@ class Wanted:
         return max(self.batches, default=1) * (self.most_context + MARGIN_TOKENS)
 
 
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """Whole numbers from 1 with commas between."""
+def numbers(text: str, option: str, most: int | None = None) -> tuple[int, ...]:
+    """Whole numbers from 1 to `most` with commas between."""
     try:
         found = tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
         found = (0,)
-    if any(number < 1 for number in found):
-        raise typer.BadParameter(f"{option} takes numbers from 1 with commas between, not {text!r}")
+    if any(number < 1 or (most is not None and number > most) for number in found):
+        highest = "" if most is None else f" to {most}"
+        raise typer.BadParameter(f"{option} takes numbers from 1{highest} with commas between, not {text!r}")
     return found
 
 

@@ -18,6 +18,7 @@ import typer
 from edgekv.cli.bench_prompts import Chat, demo_chats, read_chats
 from edgekv.cli.models import DEMO, NGRAM, OFF
 from edgekv.cli.speculation_rows import operations, row
+from edgekv.cli.speculation_view import PLAIN
 from edgekv.demo import draft_path
 from edgekv.errors import EdgeKVError
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from edgekv.engine.step_sums import Turn
 
 TEMPERATURES = (0.0, 0.8)
-PLAIN = "plain"
 # Prompts of a turn, for each sequence that decodes at once: enough that few of its steps have fewer sequences, and
 # little enough that the machine is the same for all who take it.
 _TURN_PROMPTS = 4
@@ -61,7 +61,7 @@ def speculating(settings: "EngineSettings", draft: str | None) -> "EngineSetting
     from edgekv.cli.serve import drafting
 
     if draft is not None:
-        settings = replace(settings, draft=None if draft == OFF else drafting(draft, settings.draft))
+        settings = replace(settings, draft=None if draft == OFF else drafting(draft, settings.draft, others=(NGRAM,)))
     if settings.draft is None:
         raise typer.BadParameter(
             "--speculate needs somebody who drafts: --draft with a model's path, 'demo' or 'ngram'"

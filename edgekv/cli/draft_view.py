@@ -103,6 +103,8 @@ def draft_json(
 
 
 def _fewer(cost: DraftCost) -> str:
+    if not cost.tokens_without:
+        return "without it there would be no room for a KV pool either"
     if cost.tokens <= 0:
         return "the KV pool is no smaller for it"
     return f"{cost.tokens:,} fewer tokens of context ({cost.tokens_without:,} without it)"

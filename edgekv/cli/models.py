@@ -1,6 +1,5 @@
 """What a model is called on the command line. Runs in: anywhere; owns: nothing."""
 
-import re
 from pathlib import Path
 
 from edgekv.config.model_path import LAYOUTS, gguf_at
@@ -33,23 +32,20 @@ def resolve_model(name: str) -> Path:
     return file or path
 
 
-def resolve_draft(name: str) -> Path:
-    """The folder or GGUF file of the draft model `name`: "demo" for the demo model's, or a path. Raises ModelError."""
+def resolve_draft(name: str, others: tuple[str, ...] = (NGRAM, OFF)) -> Path:
+    """The folder or GGUF file of the draft model `name`: "demo" for the demo model's, or a path.
+
+    `others`: what else could have been named. Raises ModelError.
+    """
     if name == DEMO and not draft_path().is_dir():
         raise ModelError("the demo model's draft is not in this installation; make it with: make demo-model")
     try:
         return draft_path() if name == DEMO else resolve_model(name)
     except ModelError as error:
-        others = f", {NGRAM!r}, {OFF!r}" if not Path(name).expanduser().exists() else ""
-        raise ModelError(f"--draft {error}{others}") from None
+        instead = "" if Path(name).expanduser().exists() else "".join(f", {other!r}" for other in others)
+        raise ModelError(f"--draft {error}{instead}") from None
 
 
-def is_model_path(path: Path) -> bool:
-    """Whether a path that may be one of a configuration file is rather that of a model."""
-    return path.suffix == ".gguf" or path.is_dir()
-
-
-def model_name(path: Path) -> str:
-    """What a model is called that no configuration names."""
-    path = path.absolute()
-    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.is_file() else path.name
+def is_model(name: str) -> bool:
+    """Whether what may be the path of a configuration file is rather a model, as `resolve_model` knows them."""
+    return name == DEMO or Path(name).suffix == ".gguf" or Path(name).is_dir()

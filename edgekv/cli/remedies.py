@@ -80,29 +80,58 @@ class _Search:
 
     def _other_settings(self) -> Iterator[Remedy]:
         settings, result = self.settings, self.result
+        yield from self._smaller_draft()
         if settings.draft is not None:
             without = replace(settings, draft=None)
             less = format_size(result.fixed_bytes - self._plan(without).fixed_bytes)
-            yield self._tried("--draft off", f"without the draft, {less} less", without)
+            yield from self._tried("--draft off", f"without the draft, {less} less", without)
         if result.kv_dtype == "float32":
             changed = replace(settings, kv_dtype="bfloat16")
-            yield self._tried("--kv-dtype bfloat16", "half the memory for each token", changed)
+            yield from self._tried("--kv-dtype bfloat16", "half the memory for each token", changed)
         for name in ("int8", "int4"):
             kept, bits = KV_FORMATS[name], KV_FORMATS[result.kv_dtype].bits
             if settings.native and settings.place.kind in kept.engines and kept.bits < bits:
                 changed = replace(settings, kv_dtype=name)
-                yield self._tried(f"--kv-dtype {name}", f"{kept.bits} bits for each number", changed)
+                yield from self._tried(f"--kv-dtype {name}", f"{kept.bits} bits for each number", changed)
         if result.dtype == "float32":
             changed = replace(settings, dtype="bfloat16")
-            yield self._tried("--dtype bfloat16", self._less(changed), changed)
+            yield from self._tried("--dtype bfloat16", self._less(changed), changed)
         if settings.native and settings.weight_format == "auto" and not self.table.is_quantised:
-            for name in QUANTISED:
-                changed = replace(settings, weight_format=name)
-                yield self._tried(f"--weights {name}", self._less(changed), changed)
+            for weights in QUANTISED:
+                changed = replace(settings, weight_format=weights)
+                yield from self._tried(f"--weights {weights}", self._less(changed), changed)
         yield from self._other_budget()
 
     def _less(self, settings: EngineSettings) -> str:
-        return f"{format_size(self.result.weight_bytes - self._plan(settings).weight_bytes)} less for the weights"
+        made = self._plan(settings)
+        less = self.result.weight_bytes - made.weight_bytes
+        more = made.workspace_bytes - self.result.workspace_bytes
+        told = f"{format_size(less)} less for the weights"
+        return f"{told}, {format_size(more)} more for a step" if 10 * more > less else told
+
+    def _smaller_draft(self) -> Iterator[Remedy]:
+        """The largest pool of the draft model beside which all else fits, up to what it would get unless told."""
+        drafted, draft = self.settings.draft, self.result.draft
+        if drafted is None or draft is None:
+            return
+        usual = self._plan(replace(self.settings, draft=replace(drafted, kv_budget=None))).draft
+        # Where nothing is left it would get nothing, and a part of what was asked for may fit all the same.
+        most_bytes = draft.kv.pool_bytes - 1
+        if usual is not None and usual.kv.num_blocks:
+            most_bytes = min(most_bytes, usual.kv.pool_bytes)
+        low, high = -(-draft.kv.block_bytes // MIB), most_bytes // MIB
+        found: tuple[EngineSettings, int, int] | None = None
+        while low <= high:
+            middle = (low + high) // 2
+            changed = replace(self.settings, draft=replace(drafted, kv_budget=middle * MIB))
+            made = self._plan(changed)
+            if made.fits and made.draft is not None:
+                found, low = (changed, middle, made.draft.kv.pool_tokens), middle + 1
+            else:
+                high = middle - 1
+        if found is not None:
+            changed, budget, tokens = found
+            yield from self._tried(f"--draft-kv {budget}MiB", f"{tokens:,} tokens of the draft", changed)
 
     def _other_budget(self) -> Iterator[Remedy]:
         settings, result = self.settings, self.result
@@ -114,20 +143,30 @@ class _Search:
         if result.free_bytes < 0:
             budget, brings = room // MIB, "all that there is room for"
         if need <= room:
-            yield self._tried(f"--kv-budget {budget}MiB", brings, replace(settings, kv_budget=budget * MIB))
+            changed = replace(settings, kv_budget=budget * MIB)
+            yield from self._tried(f"--kv-budget {budget}MiB", brings, changed)
 
-    def _tried(self, options: str, brings: str, settings: EngineSettings) -> Remedy:
-        made = self._plan(settings)
+    def _tried(self, options: str, brings: str, settings: EngineSettings) -> Iterator[Remedy]:
+        """What a change comes to; nothing where as much would be missing as without it, as far as that is told."""
+        made, before = self._plan(settings), self.result
         if made.missing_bytes:
-            return Remedy(options, f"{brings}; {format_size(made.missing_bytes)} would still be missing", False)
+            if _is_less(made.missing_bytes, before.missing_bytes):
+                missing = format_size(made.missing_bytes)
+                yield Remedy(options, f"{brings}; {missing} would still be missing", False)
+            return
         if made.free_bytes < 0:
-            over = format_size(-made.free_bytes)
-            return Remedy(options, f"{brings}; the KV budget would still be {over} too much", False)
+            if before.missing_bytes or _is_less(-made.free_bytes, -before.free_bytes):
+                over = format_size(-made.free_bytes)
+                yield Remedy(options, f"{brings}; the KV budget would still be {over} too much", False)
+            return
         brings += f"; the pool would hold {made.kv.pool_tokens:,} tokens"
         if made.fits:
-            return Remedy(options, f"{brings}: it fits then", True)
+            yield Remedy(options, f"{brings}: it fits then", True)
+            return
+        if not before.missing_bytes and before.free_bytes >= 0 and made.kv.pool_tokens <= before.kv.pool_tokens:
+            return
         longest = self._longest_context(settings)
-        return Remedy(options, brings + (f": it fits with --context {longest} then" if longest else ""), False)
+        yield Remedy(options, brings + (f": it fits with --context {longest} then" if longest else ""), False)
 
     def _longest_context(self, settings: EngineSettings) -> int | None:
         """In whole blocks, the longest of which one request fits; None where that is too short to be of use."""
@@ -192,6 +231,11 @@ class _Search:
             context_tokens=self.result.context_tokens,
             alignment=alignment_of(self.settings),
         )
+
+
+def _is_less(num_bytes: int, than_bytes: int) -> bool:
+    """Whether it also reads as less."""
+    return num_bytes < than_bytes and format_size(num_bytes) != format_size(than_bytes)
 
 
 def kernels_have(settings: EngineSettings, spec: "ModelSpec") -> bool:

@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from edgekv.cli.console import stderr
-from edgekv.cli.models import DEMO, DRAFT_HELP, NGRAM, OFF, is_model_path, model_name, resolve_draft, resolve_model
+from edgekv.cli.models import DEMO, DRAFT_HELP, NGRAM, OFF, is_model, resolve_draft, resolve_model
+from edgekv.config.model_path import model_name
 from edgekv.demo import draft_path, target_path
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def serve(
-    config: Path | None = typer.Argument(
-        None, help="The configuration file, or a model: a folder or a .gguf file; without any, the demo model."
+    config: str | None = typer.Argument(
+        None, help="The configuration file, or a model: a folder, a .gguf file or 'demo'; without any, the demo model."
     ),
     settings: list[str] = typer.Option([], "--set", metavar="PATH=VALUE", help="Override a setting: server.port=9000."),
     host: str | None = typer.Option(None, help="Where to listen, instead of the configuration's."),
@@ -37,17 +38,18 @@ def serve(
     from edgekv.engine.settings import lease, plan_engine
     from edgekv.model.hf_config import read_spec
 
-    if config is not None and is_model_path(config):
+    if config is not None and is_model(config):
         if model is not None:
             raise typer.BadParameter(f"{config} is a model, and --model names another")
-        config, model = None, str(config)
+        config, model = None, config
     overrides = list(settings)
     if host is not None:
         overrides.append(f"server.host={host}")
     if port is not None:
         overrides.append(f"server.port={port}")
     warnings: list[str] = []
-    loaded = load_config(config, overrides, os.environ, warn=warnings.append, check_files=model is None)
+    path = None if config is None else Path(config)
+    loaded = load_config(path, overrides, os.environ, warn=warnings.append, check_files=model is None)
     for warning in warnings:
         stderr().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     name, aliases, engine = served_model(loaded, model)
@@ -88,16 +90,18 @@ def served_model(
     return name, chosen.aliases, EngineSettings.from_config(config, chosen, place)
 
 
-def drafting(name: str, configured: "DraftSettings | None") -> "DraftSettings | None":
+def drafting(
+    name: str, configured: "DraftSettings | None", others: tuple[str, ...] = (NGRAM, OFF)
+) -> "DraftSettings | None":
     """Who drafts where the command line says "off", "ngram", "demo" or a path; the rest stays as it is configured.
 
-    Raises ModelError.
+    `others`: what may be named beside models. Raises ModelError.
     """
     from edgekv.engine.draft_settings import DraftSettings
 
     if name == OFF:
         return None
-    folder = None if name == NGRAM else resolve_draft(name)
+    folder = None if name == NGRAM else resolve_draft(name, others)
     settings = configured or DraftSettings()
     if folder is None:
         return replace(settings, folder=None, kv_dtype=None, kv_budget=None)

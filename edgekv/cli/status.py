@@ -6,12 +6,15 @@ from datetime import datetime
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 from edgekv.cli.console import bearer, print_json, stdout
 from edgekv.cli.owners import WIDEST_BAR, Owned, owner_bar, owner_table
+from edgekv.cli.phrases import wrap_phrases
+from edgekv.cli.speculation_status import blocks_line, speculation_lines
 from edgekv.config.units import format_size
 from edgekv.errors import EdgeKVError
 
@@ -20,6 +23,7 @@ TIMEOUT_S = 5.0
 PERIOD_S = 1.0
 LATEST_EVENTS = 8
 MOST_HOLDERS = 6
+INDENT = 10  # of what is left of a line that is too long: two more than what stands below a label
 STATE_STYLES = {"ok": "green", "pressure": "yellow", "critical": "red", "thrash": "red", "spilled": "bold red"}
 
 Statement = dict[str, Any]
@@ -102,7 +106,7 @@ def _latest(url: str, key: str | None, width: int) -> RenderableType:
 
 
 def _parts(told: Statement, width: int) -> Iterator[RenderableType]:
-    yield _headline(told)
+    yield _headline(told, width)
     reading, ledger = told["reading"], told["ledger"]
     if told["owners"] is not None:
         yield Text()
@@ -115,18 +119,21 @@ def _parts(told: Statement, width: int) -> Iterator[RenderableType]:
         yield Text()
         shares = [Owned(name, num_bytes, _how(name, told)) for name, num_bytes in ledger["leases"].items()]
         yield owner_table(shares, ledger["budget_bytes"])
-    lines = [*_ledger_lines(told), *_pool_lines(told), *_draft_lines(told)]
+    lines = [*_ledger_lines(told), *_pool_lines(told), *speculation_lines(told["speculation"])]
     if lines:
         yield Text()
-        yield Text("\n".join(lines))
+        yield Text("\n".join(wrap_phrases(line, width, INDENT) for line in lines))
     if told["events"]:
         yield Text()
         for event in told["events"][-LATEST_EVENTS:]:
             at = datetime.fromtimestamp(event["at"]).astimezone().strftime("%H:%M:%S")
-            yield Text.assemble((at, "dim"), f"  {event['kind']:<10}  {event['detail']}")
+            before = f"{at}  {event['kind']:<10}  "
+            line = Text(wrap_phrases(f"{before}{event['detail']}", width, len(before)))
+            line.stylize("dim", 0, len(at))
+            yield line
 
 
-def _headline(told: Statement) -> Text:
+def _headline(told: Statement, width: int) -> Text:
     if told["device"] is None:
         return Text("nobody watches this server's device", style="yellow")
     state, reading = told["state"], told["reading"]
@@ -136,7 +143,8 @@ def _headline(told: Statement) -> Text:
         line.append(f": {told['reason']}")
     if reading is not None:
         stale = ", stale" if reading["stale"] else ""
-        line.append(f"  (read {reading['age_s']:.1f} s ago by {reading['source']}{stale})", style="dim")
+        read = f"  (read {reading['age_s']:.1f} s ago by {reading['source']}{stale})"
+        line.append(read if line.cell_len + cell_len(read) <= width else f"\n{read}", style="dim")
     if told["problem"]:
         line.append(f"\n{told['problem']}", style="yellow")
     return line
@@ -189,7 +197,7 @@ def _pool_lines(told: Statement) -> Iterator[str]:
     pool = told["pool"]
     if pool is None:
         return
-    yield f"pool    {_blocks(pool)}"
+    yield f"pool    {blocks_line(pool)}"
     if "kv_bytes" in pool:
         drafts = told["speculation"] is not None and told["speculation"]["method"] == "model"
         beside = " with the draft" if drafts else ""
@@ -198,37 +206,3 @@ def _pool_lines(told: Statement) -> Iterator[str]:
             f"{format_size(pool['ceiling_bytes'])}; gave back {format_size(pool['given_back_bytes'])}, "
             f"took {format_size(pool['taken_bytes'])}"
         )
-
-
-def _draft_lines(told: Statement) -> Iterator[str]:
-    draft = told["speculation"]
-    if draft is None:
-        return
-    who = "n-grams" if draft["method"] == "ngram" else "a model"
-    measured = []
-    if draft["acceptance"] is not None:
-        measured.append(f"{draft['tokens']:.1f} tokens proposed at once, {100 * draft['acceptance']:.0f} % accepted")
-    if draft["speedup"] is not None:
-        measured.append(f"{draft['speedup']:.2f}x as fast as without")
-    why = draft["detail"] or ", ".join(measured) or "nothing was measured yet"
-    yield f"draft   {who}, {draft['state']}: {why}"
-    if draft["detail"] and measured:
-        yield f"        lately {', '.join(measured)}"
-    pool = draft["pool"]
-    if pool is not None and pool["total_blocks"]:
-        yield f"        {_blocks(pool)}"
-    counts = [
-        f"{done} {draft[name]:,} time{'s' if draft[name] > 1 else ''}"
-        for name, done in (("pauses", "paused"), ("yields", "gave its memory back"), ("returns", "took it again"))
-        if draft[name]
-    ]
-    if counts:
-        yield f"        {', '.join(counts)}"
-
-
-def _blocks(pool: dict[str, Any]) -> str:
-    total, size = pool["total_blocks"], pool["block_size"]
-    return (
-        f"{total * size:,} tokens in {total:,} blocks: {pool['active_blocks']:,} in use, "
-        f"{pool['cached_blocks']:,} cached, {pool['free_blocks']:,} free"
-    )

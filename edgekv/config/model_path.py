@@ -32,3 +32,9 @@ def gguf_files(folder: Path) -> list[Path]:
     except OSError as fault:
         raise ModelError(f"{folder}: cannot be read: {fault.strerror or fault}") from None
     return [file for file in found if not _LATER_PART.fullmatch(file.name)] or found[:1]
+
+
+def model_name(path: Path) -> str:
+    """What a model is called that no configuration names."""
+    path = path.absolute()
+    return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.is_file() else path.name

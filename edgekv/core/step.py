@@ -201,7 +201,9 @@ class SpeculationStats:
     tokens a second against none proposed, as measured in recent steps. Both None before anything was. `verifications`:
     how often proposals for a sequence were verified; `pauses`, `yields` and `returns`: how often it stopped because it
     did not pay, gave its memory back, and had it again. `read_tokens`: computed by the draft model of what it had not
-    seen. `pool`: of the draft model's blocks, None for n-grams.
+    seen. `pool`: of the draft model's blocks, None for n-grams, and so `drafter`, what that model is called.
+    `most_tokens`: the most proposed for a sequence; None where there is no such limit. `tokens_a_step`: that a sequence
+    had of a recent step that verified proposals for it, on average; None before any.
     """
 
     method: str
@@ -216,6 +218,9 @@ class SpeculationStats:
     returns: int = 0
     read_tokens: int = 0
     pool: PoolStats | None = None
+    drafter: str | None = None
+    most_tokens: int | None = None
+    tokens_a_step: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.engine.at_once import AtOnce
 from edgekv.engine.draft import DraftModel
 from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
+from edgekv.engine.draft_settings import drafter_name
 from edgekv.engine.kv_pool import KVPool
 from edgekv.engine.native import Kernels, load_native
 from edgekv.engine.native_pool import NativeKVPool
@@ -81,6 +82,7 @@ def load_drafted(
         max_step_tokens=settings.max_step_tokens,
         overlaps=kernels.card is not None and bool(settings.native),
     )
+    model.name = drafter_name(settings.folder)
     memory = DraftMemory(model, plan, ledger, lambda: _load(drafted, plan, kernels, lambda done, total, stage: None))
     [weights] = ledger.leases(WEIGHTS_LEASE)
     [workspace] = ledger.leases(WORKSPACE_LEASE)

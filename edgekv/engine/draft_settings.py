@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekv.config.model_path import model_name
 from edgekv.config.settings import ModelDraft
 from edgekv.config.units import Share
 from edgekv.core.kv_format import KVDtypeName
+from edgekv.demo import draft_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +36,8 @@ class DraftSettings:
             kv_budget=None if budget == "auto" else budget.fraction if isinstance(budget, Share) else budget,
             min_acceptance=draft.min_acceptance,
         )
+
+
+def drafter_name(folder: Path) -> str:
+    """What a draft model is called: "demo" for the demo model's, else as its folder or GGUF file is."""
+    return "demo" if folder == draft_path() else model_name(folder)

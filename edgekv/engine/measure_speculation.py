@@ -73,7 +73,7 @@ def ways(meter: "SpeculationMeter", controller: Controller, fixed: Listing[int],
     the same memory: one engine is a few per cent faster than another by where its weights happen to lie.
     """
     yield Way("plain", meter.core_with(None), meter, batch, None)
-    yield Way("controlled", meter.core_with(controller), meter, batch, meter.served_limits.max_proposed)
+    yield Way("automatic", meter.core_with(controller), meter, batch, meter.served_limits.max_proposed)
     for tokens in fixed:
         yield Way(f"fixed {tokens}", meter.core_with(FixedTokens(tokens)), meter, batch, None)
 

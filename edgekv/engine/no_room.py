@@ -17,7 +17,7 @@ class NoRoomForKV(EdgeKVError):
         block = f"one block of {kv.block_size} tokens takes {format_size(kv.block_bytes)}"
         if memory.missing_bytes:
             missing = format_size(memory.missing_bytes)
-            remedies = _without_draft(memory, memory.missing_bytes) + _remedies(memory, memory.missing_bytes)
+            remedies = _from_draft(memory, memory.missing_bytes) + _remedies(memory, memory.missing_bytes)
             super().__init__(
                 f"The model leaves no room for its KV cache: {missing} more would be needed, and {block}. "
                 f"{_account(memory)}. {_sentence([*remedies, 'see what would make it fit with: edgekv plan MODEL'])}"
@@ -33,7 +33,7 @@ class KVBudgetTooLarge(OverBudget):
     def __init__(self, memory: MemoryPlan, over: OverBudget) -> None:
         asked, left = over.asked_bytes, over.free_bytes
         remedies = [f"set kv.budget to {setting_size(left)} or less, or leave it out"]
-        remedies += _without_draft(memory, asked - left) + _remedies(memory, asked - left)
+        remedies += _from_draft(memory, asked - left) + _remedies(memory, asked - left)
         super().__init__(
             over.name,
             asked,
@@ -80,12 +80,21 @@ def _remedies(memory: MemoryPlan, short_bytes: int) -> list[str]:
     return []
 
 
-def _without_draft(memory: MemoryPlan, short_bytes: int) -> list[str]:
-    """Whether it would do to leave the draft out."""
+def _from_draft(memory: MemoryPlan, short_bytes: int) -> list[str]:
+    """What the draft could give, each enough by itself."""
     draft = memory.draft
     if draft is None or draft.num_bytes < short_bytes:
         return []
-    return [f"leave the draft out (--draft off), which takes {format_size(draft.num_bytes)}"]
+    remedies = [f"leave the draft out (--draft off), which takes {format_size(draft.num_bytes)}"]
+    left_bytes = draft.kv.pool_bytes - short_bytes
+    if memory.missing_bytes:
+        # Room for what was asked for, or a whole context: in main memory a pool that is not told its size takes half.
+        kv = memory.kv
+        context_bytes = -(-memory.context_tokens // kv.block_size) * kv.block_bytes
+        left_bytes -= max(kv.pool_bytes, 2 * context_bytes)
+    if left_bytes >= draft.kv.block_bytes:
+        remedies.insert(0, f"lower draft.kv.budget to {setting_size(left_bytes)} or less")
+    return remedies
 
 
 def _sentence(remedies: list[str]) -> str:

@@ -29,6 +29,8 @@ class Proposer(ABC):
 
     method = ""
     """What it is called in statistics."""
+    name: str | None = None
+    """What the model is called that drafts; None where none does."""
     yields = 0
     """How often it gave so much of its memory back that it could not go on."""
     returns = 0

@@ -12,6 +12,7 @@ from edgekv.core.step import SpeculationState, SpeculationStats, StepPlan
 from edgekv.engine.memory_errors import is_out_of_memory
 from edgekv.engine.proposer import Proposer
 
+_FRESH_SHARE = 0.1  # of the latest verification in what is told of recent ones
 _BANNED_STEPS = 256  # without proposals after one that found too little memory for them
 
 
@@ -29,6 +30,7 @@ class Speculation:
         self, scheduler: Scheduler, proposer: Proposer, controller: Controller | None, clock: Callable[[], float]
     ) -> None:
         self._scheduler, self._proposer, self._controller, self._clock = scheduler, proposer, controller, clock
+        self._tokens_a_step: float | None = None
         self._choice: dict[int, int] | None = None
         self._thinking_s = self._spent_s = 0.0
         self._step: tuple[int, int, int] | None = None
@@ -104,6 +106,8 @@ class Speculation:
         self._verifications += len(outcome.verified)
         for each in outcome.verified:
             self._proposer.observe(each.sequence_id, each.proposed, each.accepted)
+            mean, tokens = self._tokens_a_step, 1 + each.accepted
+            self._tokens_a_step = tokens if mean is None else mean + _FRESH_SHARE * (tokens - mean)
             if self._controller is not None:
                 self._controller.observe(each.sequence_id, each.proposed, each.accepted)
         if self._controller is not None and any(len(chunk.token_ids) != chunk.sampled for chunk in plan.chunks):
@@ -172,6 +176,9 @@ class Speculation:
             returns=proposer.returns,
             read_tokens=self._read_tokens,
             pool=proposer.pool,
+            drafter=proposer.name,
+            most_tokens=None if controller is None else controller.most,
+            tokens_a_step=self._tokens_a_step,
         )
 
     def _choose(self) -> dict[int, int]:

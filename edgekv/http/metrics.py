@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edgekv.actors.service import MemoryView
+from edgekv.core.draft_plan import DRAFT_LEASES
 from edgekv.core.spill import State
 from edgekv.core.step import EngineStats
 from edgekv.http.families import of_model
@@ -47,7 +48,7 @@ class Metrics:
         self._source = source
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(source))
-        self._registry.register(_MemoryCollector(memory))
+        self._registry.register(_MemoryCollector(source, memory))
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From an admitted request to its first token.", _FIRST_TOKEN_S
         )
@@ -166,8 +167,8 @@ class _EngineCollector(Collector):
 class _MemoryCollector(Collector):
     """Where the device's memory is, as the guard last saw it."""
 
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
+    def __init__(self, source: Source, memory: Memory) -> None:
+        self._source, self._memory = source, memory
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -181,7 +182,7 @@ class _MemoryCollector(Collector):
         if view.age_s is not None:
             yield _gauge("edgekv_reading_age_seconds", "How old the latest reading of the device is.", view.age_s)
         if reading is not None:
-            by_owner = owners(reading, memory)
+            by_owner = self._drafts() | owners(reading, memory)
             yield _gauges("edgekv_device_memory_bytes", "The device's memory, by owner.", "owner", by_owner)
             spilled = reading.spilled_own_bytes
             yield _gauge("edgekv_device_spilled_bytes", "Memory of ours that is not on the device.", spilled)
@@ -199,6 +200,12 @@ class _MemoryCollector(Collector):
                 "edgekv_pool_given_back_bytes", "Memory that KV pool and draft have given back.", value=given_back
             )
             yield CounterMetricFamily("edgekv_pool_taken_bytes", "Memory that they have taken again.", value=taken)
+
+    def _drafts(self) -> dict[str, int]:
+        """No bytes for what a draft model has at other times: a graph shows that it was given back."""
+        _, stats = self._source()
+        is_drafted = stats is not None and stats.speculation is not None and stats.speculation.method == "model"
+        return dict.fromkeys(DRAFT_LEASES, 0) if is_drafted else {}
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

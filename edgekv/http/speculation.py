@@ -34,9 +34,10 @@ def speculation_metrics(model: str, stats: EngineStats) -> Iterator[Metric]:
     ]
     yield from of_model(CounterMetricFamily, model, counters)
     gauges: list[tuple[str, str, float | None]] = [
-        ("edgekv_speculation_tokens", "Tokens proposed for a sequence at once, lately.", told.tokens),
-        ("edgekv_speculation_acceptance", "Share of proposed tokens that was accepted, lately.", told.acceptance),
-        ("edgekv_speculation_speedup", "Tokens a second against those without proposals, lately.", told.speedup),
+        ("edgekv_speculation_tokens", "Tokens proposed for a sequence in recent steps.", told.tokens),
+        ("edgekv_speculation_acceptance", "Share of proposed tokens accepted, when last tried.", told.acceptance),
+        ("edgekv_speculation_speedup", "Tokens a second against those without, when last tried.", told.speedup),
+        ("edgekv_speculation_tokens_a_step", "Tokens of a verifying step, when last tried.", told.tokens_a_step),
     ]
     if told.pool is not None:
         pool = told.pool

@@ -105,7 +105,7 @@ def test_status_tells_who_owns_the_memory(served: Served) -> None:
     assert sum(elastic) == told["pool"]["kv_bytes"]
     assert min(elastic) > 0
     assert (told["speculation"]["method"], told["speculation"]["state"]) == ("model", "on")
-    assert "\ndraft   a model, on: " in shown.stdout
+    assert "\ndraft   demo, up to 8 tokens at once, on: " in shown.stdout
 
 
 def test_status_without_a_server_is_one_line_and_exit_code_1() -> None:

@@ -12,7 +12,7 @@ from edgekv.actors.stream import Failed
 from edgekv.core.pressure import Decision, PoolFacts
 from edgekv.core.reading import Holder, Reading
 from edgekv.core.spill import Condition, State
-from edgekv.core.step import MemoryStats, PoolStats
+from edgekv.core.step import MemoryStats, PoolStats, SpeculationState, SpeculationStats
 from edgekv.http.memory import owners
 from edgekv.http.settings import ApiKey
 from tests.http.fakes import ScriptedService, calling, card, running
@@ -136,6 +136,21 @@ async def test_the_metrics_follow_the_device():
     assert value("edgekv_reading_age_seconds") == 0.25
     assert value("edgekv_ledger_budget_bytes") == 10 * GIB
     assert value("edgekv_kv_ceiling_bytes") == 8 * GIB
+
+
+@pytest.mark.parametrize("method", ["model", "ngram", None])
+async def test_what_a_draft_gave_back_reads_nothing(method: str | None) -> None:
+    held = replace(MEMORY, leases=MEMORY.leases | {"kv.draft": GIB})
+    stats = None if method is None else SpeculationStats(method, SpeculationState.YIELDED)
+    for memory, bytes_held in ((MEMORY, 0), (held, GIB)):
+        async with calling(ScriptedService(watched=replace(VIEW, memory=memory), speculation=stats)) as http:
+            text = (await http.get("/metrics")).text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        owned = {s.labels["owner"]: s.value for s in samples if s.name == "edgekv_device_memory_bytes"}
+        drafts = {name: num_bytes for name, num_bytes in owned.items() if name.endswith(".draft")}
+        told = {"kv.draft": bytes_held} if bytes_held else {}
+        none = {"weights.draft": 0, "workspace.draft": 0, "kv.draft": 0} if method == "model" else {}
+        assert drafts == none | told
 
 
 async def test_nobody_watches_nothing_is_made_up():

@@ -12,8 +12,11 @@ DRAFTS = SpeculationStats(
     method="model", state=SpeculationState.ON, tokens=3.25, acceptance=0.62, speedup=1.5, verifications=20, pauses=4,
     yields=3, returns=2, read_tokens=700,
     pool=PoolStats(total_blocks=40, free_blocks=25, cached_blocks=10, active_blocks=5, block_size=16),
+    drafter="small", most_tokens=8, tokens_a_step=2.75,
 )  # fmt: skip
-NEW = replace(DRAFTS, method="ngram", tokens=0.0, acceptance=None, speedup=None, pool=None)
+NEW = replace(
+    DRAFTS, method="ngram", tokens=0.0, acceptance=None, speedup=None, pool=None, drafter=None, tokens_a_step=None
+)
 
 
 async def metrics_of(stats: SpeculationStats | None) -> dict[tuple[str, str], float]:
@@ -38,6 +41,7 @@ async def test_the_counters_have_vllms_names_and_the_rest_its_own():
         ("edgekv_speculation_tokens", ""): 3.25,
         ("edgekv_speculation_acceptance", ""): 0.62,
         ("edgekv_speculation_speedup", ""): 1.5,
+        ("edgekv_speculation_tokens_a_step", ""): 2.75,
         ("edgekv_draft_kv_blocks", ""): 40,
         ("edgekv_draft_kv_blocks_free", ""): 25,
         ("edgekv_draft_kv_blocks_cached", ""): 10,
@@ -52,7 +56,8 @@ async def test_the_counters_have_vllms_names_and_the_rest_its_own():
 async def test_what_was_not_measured_is_not_made_up():
     names = {name for name, _ in await metrics_of(NEW)}
     assert "edgekv_speculation_tokens" in names
-    assert not names & {"edgekv_speculation_acceptance", "edgekv_speculation_speedup", "edgekv_draft_kv_blocks"}
+    measured = {f"edgekv_speculation_{name}" for name in ("acceptance", "speedup", "tokens_a_step")}
+    assert not names & {*measured, "edgekv_draft_kv_blocks"}
     assert await metrics_of(None) == {}
 
 

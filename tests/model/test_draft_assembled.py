@@ -148,6 +148,7 @@ def test_it_is_given_back_whole_and_loaded_again(settings: EngineSettings) -> No
     assert stats.memory.leases == planned
     assert stats.speculation is not None
     assert (stats.speculation.yields, stats.speculation.returns) == (1, 1)
+    assert stats.speculation.drafter == "demo"
     assert answers(core, 21) == expected
     model.least_chances = 0.0, 0.0
     proposals = model.propose([sequence := _sequence(core, 31)], {sequence.id: 4})

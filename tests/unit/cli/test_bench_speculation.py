@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from edgekv.cli.app import app
 from edgekv.cli.bench_prompts import BadPrompts, demo_chats, read_chats
 from edgekv.cli.bench_speculation import OutputsDiffer, check_same
 from edgekv.cli.speculation_rows import row
+from edgekv.cli.speculation_view import show_speculation
+from edgekv.config.settings import MAX_PROPOSED
 from edgekv.core.sequence import SequenceSpec
 from edgekv.demo import draft_path
 from edgekv.engine.measure_speculation import Way
 from edgekv.engine.step_sums import StepKind, StepSums, Turn
+from edgekv.errors import ModelError
 
 run = CliRunner().invoke
 SHORT = ["--batch", "2", "--repeat", "1", "--max-tokens", "12", "--seed", "7"]
@@ -51,7 +55,7 @@ def test_every_way_says_the_same_and_says_how_fast(result: dict[str, Any]) -> No
     rows = result["speculation"]
     temperatures = {0.0, 0.8}
     assert [(each["temperature"], each["way"]) for each in rows] == [
-        (temperature, way) for temperature in sorted(temperatures) for way in ("plain", "controlled", "fixed 2")
+        (temperature, way) for temperature in sorted(temperatures) for way in ("plain", "automatic", "fixed 2")
     ]
     for temperature in temperatures:
         plain, *others = [each for each in rows if each["temperature"] == temperature]
@@ -97,8 +101,44 @@ def test_a_person_gets_tables_of_the_demo_models_own_prompts() -> None:
     assert "greedy, batch 2" in done.stdout
     assert "temperature 0.8, batch 2" in done.stdout
     assert "every answer was the same" in done.stdout
-    assert "1 rounds count, after 0 of warm-up" in done.stdout
+    assert "1 round counts, after 0 of warm-up" in done.stdout
     assert "in the kernels" not in done.stdout
+
+
+@pytest.mark.parametrize("is_detailed", [False, True])
+def test_a_terminal_of_80_columns_is_wide_enough(
+    result: dict[str, Any], is_detailed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = [shown_as(each, is_detailed) for each in result["speculation"]]
+    widest, width, console = {**result, "speculation": wide, "rounds": 2}, 80, Console(width=80, highlight=False)
+    monkeypatch.setattr("edgekv.cli.speculation_view.stdout", lambda: console)
+    with console.capture() as capture:
+        show_speculation(widest)
+    lines = capture.get().splitlines()
+    assert "…" not in capture.get()
+    assert max(map(len, lines)) <= width
+    assert sum("234,567.8" in line for line in lines) == len(wide)
+    assert sum("4.34, 3.12-5.56" in line for line in lines) == len(wide) - 2, "plain ones have nothing to compare"
+    assert any(line.split() == ["automatic", "11.25", "82%", "40%", "41%", "12%", "17%"] for line in lines)
+    assert ("in the kernels, ms a step" in capture.get()) == is_detailed
+    assert any(line.startswith("fixed N ") for line in lines)
+    assert any("; 2 rounds count" in line for line in lines)
+
+
+def shown_as(row: dict[str, Any], is_detailed: bool) -> dict[str, Any]:
+    """A row with figures as long as they may get."""
+    shares = {"draft": 0.4, "model": 0.41, "sampling": 0.12, "rest": 0.17}
+    shown = {
+        **row, "batch": 16, "tok_s": 234_567.8, "ratio": 4.34, "paired_ratio": {"p10": 3.12, "p50": 4.34, "p90": 5.56},
+        "tokens_a_step": 12.25, "proposed_a_step": 11.25, "acceptance": 0.82, "shares": shares, "others_cores": 12.5,
+    }  # fmt: skip
+    if is_detailed:
+        step, kinds = next(iter(row["steps"].values())), [kind.value for kind in StepKind]
+        shown["steps"] = {kind: {**step, "steps": 123_456, "ms": 1234.567} for kind in kinds}
+        shown["profile"] = {kind: {"linear 18944x3584 Q4_K": 123.4567} for kind in kinds}
+    else:
+        shown.pop("profile", None)
+    return shown
 
 
 def test_an_answer_that_speculation_changed_is_an_error(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +146,7 @@ def test_an_answer_that_speculation_changed_is_an_error(prompts: Path, monkeypat
 
     def changed(self: Way, specs: Sequence[SequenceSpec]) -> Turn:
         turn = answer(self, specs)
-        if self.name == "controlled":
+        if self.name == "automatic":
             turn.said[1][3] += 1
         return turn
 
@@ -114,14 +154,14 @@ def test_an_answer_that_speculation_changed_is_an_error(prompts: Path, monkeypat
     done = bench("--prompts", str(prompts), "--draft", "ngram", "--warm-up", "0")
     assert done.exit_code == 1
     assert isinstance(done.exception, OutputsDiffer)
-    assert "to prompt 1, from token 3 on, controlled says" in str(done.exception)
+    assert "to prompt 1, from token 3 on, automatic says" in str(done.exception)
 
 
 # ---- what is compared
 
 
 def test_the_first_token_that_differs_is_named() -> None:
-    check_same({0: [1, 2], 1: [3]}, {1: [3], 0: [1, 2]}, "controlled")
+    check_same({0: [1, 2], 1: [3]}, {1: [3], 0: [1, 2]}, "automatic")
     with pytest.raises(OutputsDiffer, match=r"prompt 1, from token 1 on, fixed 2 says \[9\] and not \[4, 5\]"):
         check_same({0: [1], 1: [3, 4, 5]}, {0: [1], 1: [3, 9]}, "fixed 2")
     with pytest.raises(OutputsDiffer, match=r"prompt 0, from token 2 on, fixed 2 says \[\] and not \[3\]"):
@@ -184,13 +224,20 @@ def test_a_row_says_what_became_of_proposals_and_where_the_time_went() -> None:
     [
         (["--draft", "off"], "somebody who drafts"),
         (["--max-tokens", "100000"], "are more than the model's"),
-        (["--fixed", "0"], "--fixed takes numbers"),
+        (["--fixed", "0"], "--fixed takes numbers from 1 to 16 with commas between, not '0'"),
+        (["--fixed", f"4,{MAX_PROPOSED + 1}"], "--fixed takes numbers from 1 to 16 with commas between, not '4,17'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: list[str], told: str) -> None:
     done = bench(*options)
     assert done.exit_code == 2
     assert told in " ".join(done.stderr.replace("│", "").split())
+
+
+def test_a_draft_that_is_not_there_is_told_with_what_could_be_measured() -> None:
+    refused = bench("--draft", "nope").exception
+    assert isinstance(refused, ModelError)
+    assert str(refused).endswith("or 'demo', 'ngram'")
 
 
 def test_another_model_needs_a_draft_and_prompts_of_its_own() -> None:

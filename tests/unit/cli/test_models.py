@@ -7,10 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekv.cli.app import app
-from edgekv.cli.models import is_model_path, model_name, resolve_draft, resolve_model
+from edgekv.cli.models import is_model, resolve_draft, resolve_model
 from edgekv.cli.serve import served_model
+from edgekv.config.model_path import model_name
 from edgekv.config.settings import Config
 from edgekv.demo import draft_path, target_path
+from edgekv.engine.draft_settings import drafter_name
 from edgekv.errors import ModelError
 from tests.model.gguf_files import make_gguf
 from tests.model.tiny_models import make_tiny
@@ -67,15 +69,23 @@ def test_a_model_without_a_name_is_called_after_its_file(file: Path) -> None:
     assert model_name(part) == "tiny-Q4_K_M"
 
 
+def test_a_draft_model_is_called_as_models_are_but_for_the_demos(file: Path) -> None:
+    assert drafter_name(draft_path()) == "demo"
+    assert drafter_name(target_path()) == "target"
+    assert drafter_name(file) == "tiny-qwen-Q8_0"
+
+
 def test_a_gguf_file_is_served(file: Path) -> None:
     name, aliases, settings = served_model(Config(), str(file))
     assert (name, aliases, settings.folder) == ("tiny-qwen-Q8_0", (), file)
 
 
 def test_serve_tells_a_model_from_a_configuration(file: Path, tmp_path: Path) -> None:
-    assert is_model_path(file)
-    assert is_model_path(file.parent)
-    assert not is_model_path(tmp_path / "config.yaml")
+    assert is_model(str(file))
+    assert is_model(str(file.parent))
+    assert is_model("demo")
+    assert not is_model(str(tmp_path / "demo"))
+    assert not is_model(str(tmp_path / "config.yaml"))
     result = run(app, ["serve", str(file), "--model", "demo"])
     assert result.exit_code == 2
     assert "is a model, and --model names another" in " ".join(result.stderr.split()).replace("│ ", "")

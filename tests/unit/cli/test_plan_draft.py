@@ -172,6 +172,74 @@ def test_a_draft_that_leaves_no_room_can_be_left_out(llama: Path, small: Path) -
     assert "its pool holds" not in text, "there is none"
 
 
+def remedy(plan: dict[str, Any], option: str) -> dict[str, Any]:
+    [found] = [made for made in plan["remedies"] if made["options"].split()[:1] == [option]]
+    return dict(found)
+
+
+def test_a_drafts_pool_that_is_too_large_can_be_smaller(llama: Path, small: Path) -> None:
+    for asked in (("--draft-kv", "100GiB"), ("--draft-kv", "3GiB", "--kv-budget", "4GiB")):
+        card = (llama, "--vram", "24GiB", "--draft", small)
+        plan = planned(*card, *asked)
+        assert not plan["fits"]
+        made = remedy(plan, "--draft-kv")
+        option, size = made["options"].split()
+        fitting = planned(*card, *asked[2:], option, size)
+        assert made["fits"]
+        assert fitting["fits"]
+        draft = f"{fitting['draft']['kv']['pool_tokens']:,} tokens of the draft"
+        assert made["brings"] == f"{draft}; the pool would hold {fitting['kv']['pool_tokens']:,} tokens: it fits then"
+        own = planned(*card)["draft"]["kv"]["pool_bytes"]
+        assert fitting["draft"]["kv"]["pool_bytes"] <= own, "no more than it would have unless told"
+
+
+def test_no_smaller_pool_of_a_draft_than_the_largest_that_fits_is_named(llama: Path, small: Path) -> None:
+    # Beside this KV budget even the draft's own choice would be too much.
+    card = (llama, "--vram", "24GiB", "--draft", small, "--kv-budget", "3600MiB")
+    made = remedy(planned(*card), "--draft-kv")
+    mib = int(made["options"].removeprefix("--draft-kv ").removesuffix("MiB"))
+    assert planned(*card, "--draft-kv", f"{mib}MiB")["fits"]
+    assert not planned(*card, "--draft-kv", f"{mib + 1}MiB")["fits"]
+    alone = planned(llama, "--vram", "16GiB", "--draft", small)
+    assert not [made for made in alone["remedies"] if made["options"].startswith("--draft-kv")], "it would not help"
+
+
+def test_without_room_for_any_pool_nothing_is_said_of_a_smaller_one() -> None:
+    text = told("demo", "--vram", "600MiB")
+    [line] = [line for line in text.splitlines() if line.startswith("the draft takes ")]
+    assert line.endswith(": without it there would be no room for a KV pool either")
+
+
+def test_a_change_that_makes_it_worse_is_no_remedy() -> None:
+    plan, quantised = planned("demo", "--vram", "600MiB"), planned("demo", "--vram", "600MiB", "--weights", "int8")
+    assert quantised["weight_bytes"] < plan["weight_bytes"]
+    assert quantised["missing_bytes"] > plan["missing_bytes"], "products with them need more memory than they save"
+    assert not [made for made in plan["remedies"] if "--weights" in made["options"]]
+    assert remedy(plan, "--draft")["brings"].startswith("without the draft, ")
+    short = ("demo", "--vram", "1140MiB", "--draft", "off")
+    plan, quantised = planned(*short), planned(*short, "--weights", "int8")
+    assert 0 < quantised["kv"]["pool_tokens"] < plan["kv"]["pool_tokens"] < 4096
+    assert not [made for made in plan["remedies"] if "--weights" in made["options"]]
+
+
+def test_a_change_that_leaves_as_much_missing_is_no_remedy() -> None:
+    short = ("demo", "--vram", "16GiB", "--kv-budget", "20GiB", "--draft", "off")
+    plan, smaller = planned(*short), planned(*short, "--kv-dtype", "int8")
+    assert plan["free_bytes"] < smaller["free_bytes"] < plan["free_bytes"] + MIB, "smaller blocks fill it less well"
+    assert not [made for made in plan["remedies"] if "--kv-dtype" in made["options"]]
+    assert remedy(plan, "--kv-budget")["fits"]
+
+
+def test_what_quantised_weights_take_for_a_step_is_told_where_it_counts() -> None:
+    short = ("demo", "--vram", "1125MiB", "--dtype", "float32", "--draft", "off")
+    plan, quantised = planned(*short), planned(*short, "--weights", "int4")
+    less = (plan["weight_bytes"] - quantised["weight_bytes"]) / MIB
+    more = (quantised["workspace_bytes"] - plan["workspace_bytes"]) / MIB
+    assert more > 0
+    brings = f"{less:.2f} MiB less for the weights, {more:.2f} MiB more for a step; "
+    assert brings in next(made["brings"] for made in plan["remedies"] if made["options"] == "--weights int4")
+
+
 def test_what_serve_would_not_take_for_a_draft_is_not_planned(tmp_path: Path) -> None:
     other = copy_with_other_tokens(draft_path(), tmp_path / "other")
     refused = run(app, ["plan", "demo", "--draft", str(other)])

@@ -122,7 +122,9 @@ def test_serve_builds_what_its_options_say(monkeypatch: pytest.MonkeyPatch) -> N
         return 0
 
     monkeypatch.setattr(running, "run", run)
-    for options, folder in (([], draft_path()), (["--draft", str(target_path())], target_path())):
+    for options, folder in (
+        ([], draft_path()), (["demo"], draft_path()), (["--draft", str(target_path())], target_path()),
+    ):  # fmt: skip
         assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
         assert built.pop().draft == DraftSettings(folder)
     assert CliRunner().invoke(app, ["serve", "--draft", "off"]).exit_code == 0

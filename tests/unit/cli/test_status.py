@@ -93,10 +93,11 @@ def test_it_says_what_was_given_back_and_what_is_held() -> None:
 DRAFTS = SpeculationStats(
     "model", SpeculationState.ON, tokens=3.42, acceptance=0.624, speedup=1.52, verifications=9,
     pool=PoolStats(total_blocks=2000, free_blocks=1200, cached_blocks=790, active_blocks=10, block_size=16),
+    drafter="Llama-3.2-1B", most_tokens=8, tokens_a_step=3.14,
 )  # fmt: skip
 
 
-def drafting(stats: SpeculationStats, width: int = 100) -> list[str]:
+def drafting(stats: SpeculationStats, width: int = 150) -> list[str]:
     """The lines on who drafts."""
     lines = printed(WATCHED, EngineStats(POOL, 0, 0, speculation=stats), width).splitlines()
     begin = next(index for index, line in enumerate(lines) if line.startswith("draft "))
@@ -105,27 +106,32 @@ def drafting(stats: SpeculationStats, width: int = 100) -> list[str]:
 
 def test_it_says_how_speculation_goes() -> None:
     assert drafting(DRAFTS) == [
-        "draft   a model, on: 3.4 tokens proposed at once, 62 % accepted, 1.52x as fast as without",
+        "draft   Llama-3.2-1B, up to 8 tokens at once, on: 3.4 proposed for a sequence, 62 % accepted, "
+        "3.1 tokens a step, 1.52x as fast as without",
         "        32,000 tokens in 2,000 blocks: 10 in use, 790 cached, 1,200 free",
     ]
-    fresh = replace(DRAFTS, acceptance=None, speedup=None, method="ngram", pool=None)
-    assert drafting(fresh) == ["draft   n-grams, on: nothing was measured yet"]
+    fresh = replace(
+        DRAFTS, acceptance=None, speedup=None, tokens_a_step=None, method="ngram", drafter=None, pool=None,
+        most_tokens=1,
+    )  # fmt: skip
+    assert drafting(fresh) == ["draft   n-grams, up to 1 token at once, on: nothing was measured yet"]
+    assert drafting(replace(fresh, most_tokens=None)) == ["draft   n-grams, on: nothing was measured yet"]
 
 
 def test_it_says_why_nothing_is_proposed() -> None:
     paused = replace(DRAFTS, state=SpeculationState.PAUSED, detail="proposals do not pay", pauses=1)
     assert drafting(paused) == [
-        "draft   a model, paused: proposals do not pay",
-        "        lately 3.4 tokens proposed at once, 62 % accepted, 1.52x as fast as without",
+        "draft   Llama-3.2-1B, up to 8 tokens at once, paused: proposals do not pay",
+        "        when last tried: 62 % accepted, 3.1 tokens a step, 1.52x as fast as without",
         "        32,000 tokens in 2,000 blocks: 10 in use, 790 cached, 1,200 free",
         "        paused 1 time",
     ]
     yielded = replace(
         paused, state=SpeculationState.YIELDED, detail="its memory was given back", acceptance=None, speedup=None,
-        yields=3, returns=2, pool=PoolStats(0, 0, 0, 0, 16),
+        tokens_a_step=None, yields=3, returns=2, pool=PoolStats(0, 0, 0, 0, 16),
     )  # fmt: skip
     assert drafting(yielded) == [
-        "draft   a model, yielded: its memory was given back",
+        "draft   Llama-3.2-1B, up to 8 tokens at once, yielded: its memory was given back",
         "        paused 1 time, gave its memory back 3 times, took it again 2 times",
     ]
 
@@ -247,6 +253,29 @@ def test_in_a_pipe_each_statement_follows_the_last(monkeypatch: pytest.MonkeyPat
 
 def test_one_json_document_cannot_be_followed() -> None:
     assert CliRunner().invoke(app, ["status", "--json", "--watch"]).exit_code == 2
+
+
+def test_a_terminal_of_80_columns_breaks_lines_between_phrases() -> None:
+    drafts = EngineStats(POOL, 0, 0, speculation=DRAFTS)
+    lines = printed(WATCHED, drafts, width=80).splitlines()
+    assert lines[:2] == [
+        "GeForce RTX 4080  pressure: 700 MiB free, headroom 983 MiB",
+        "  (read 0.2 s ago by nvml)",
+    ]
+    held = lines.index("        6.00 GiB with the draft, from 128.00 MiB to 8.00 GiB;")
+    assert lines[held + 1 : held + 5] == [
+        "          gave back 2.00 GiB, took 1.00 GiB",
+        "draft   Llama-3.2-1B, up to 8 tokens at once, on: 3.4 proposed for a sequence,",
+        "          62 % accepted, 3.1 tokens a step, 1.52x as fast as without",
+        "        32,000 tokens in 2,000 blocks: 10 in use, 790 cached, 1,200 free",
+    ]
+
+
+def test_what_happened_stays_in_its_column() -> None:
+    event = MemoryEvent(1_700_000_000.0, "shrunk", GIB, "gave 2.00 GiB back: others took 2.00 GiB, " * 2)
+    *_, first, second = printed(replace(WATCHED, events=(event,)), width=80).splitlines()
+    assert first.endswith("  shrunk      gave 2.00 GiB back: others took 2.00 GiB,")
+    assert second.startswith(" " * 22 + "gave 2.00 GiB back:")
 
 
 def test_on_a_narrow_terminal_nothing_is_cut_off() -> None:

@@ -32,9 +32,9 @@ def meter() -> Iterator[SpeculationMeter]:
 
 
 def test_each_way_verifies_as_much_as_it_says(meter: SpeculationMeter) -> None:
-    plain, controlled, three = ways(meter, Controller(4), [3], 3)
-    turns = {way.name: way.answer(SPECS) for way in (plain, controlled, three)}
-    assert turns["plain"].said == turns["controlled"].said == turns["fixed 3"].said
+    plain, automatic, three = ways(meter, Controller(4), [3], 3)
+    turns = {way.name: way.answer(SPECS) for way in (plain, automatic, three)}
+    assert turns["plain"].said == turns["automatic"].said == turns["fixed 3"].said
     assert {len(said) for said in turns["plain"].said.values()} == {20}
     assert StepKind.VERIFY not in turns["plain"].kinds
     fixed = turns["fixed 3"]
@@ -54,7 +54,7 @@ def test_a_later_way_has_its_own_limits(meter: SpeculationMeter) -> None:
     for way in ways(meter, Controller(4), [1], 1):
         way.answer(SPECS)
     found = {way.name: way for way in ways(meter, Controller(4), [1], 2)}
-    assert (found["controlled"].most_proposed, found["fixed 1"].most_proposed) == (4, None)
+    assert (found["automatic"].most_proposed, found["fixed 1"].most_proposed) == (4, None)
     assert max_sequences(found["plain"]) == 2
 
 

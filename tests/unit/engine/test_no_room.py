@@ -68,6 +68,41 @@ def test_a_draft_is_named_where_it_is_the_cause() -> None:
     lease(plan_engine(replace(settings, draft=None, kv_budget=room), spec)[1])
 
 
+@pytest.mark.parametrize("kv_budget", [None, 4 * GIB])
+@pytest.mark.parametrize("place", [CPU, CARD])
+def test_the_drafts_budget_that_is_named_leaves_room_for_a_context(place: Place, kv_budget: int | None) -> None:
+    drafts = DraftSettings(draft_path(), kv_budget=100 * GIB)
+    settings = EngineSettings(target_path(), place, kv_budget=kv_budget, native=False, draft=drafts)
+    spec = read_spec(target_path())
+    with pytest.raises(NoRoomForKV) as caught:
+        lease(plan_engine(settings, spec)[1])
+    named = re.search(r"\. Lower draft\.kv\.budget to (\S+) or less; or leave the draft out ", str(caught.value))
+    assert named is not None
+    fitting = plan_engine(replace(settings, draft=replace(drafts, kv_budget=parse_size(named[1]))), spec)[1]
+    lease(fitting)
+    assert fitting.fits
+    assert fitting.draft is not None
+    assert fitting.draft.kv.pool_bytes > (GIB if kv_budget else 4 * GIB), "and not much less than it could have"
+
+
+def test_the_drafts_budget_is_named_where_the_kv_budget_is_too_large() -> None:
+    drafts = DraftSettings(draft_path(), kv_budget=3 * GIB)
+    settings = EngineSettings(target_path(), CPU, kv_budget=4 * GIB, native=False, draft=drafts)
+    spec = read_spec(target_path())
+    with pytest.raises(KVBudgetTooLarge) as caught:
+        lease(plan_engine(settings, spec)[1])
+    named = re.search(r"; or lower draft\.kv\.budget to (\S+) or less; or leave the draft out ", str(caught.value))
+    assert named is not None
+    lease(plan_engine(replace(settings, draft=replace(drafts, kv_budget=parse_size(named[1]))), spec)[1])
+    most = parse_size(named[1]) * 102 // 100
+    with pytest.raises(KVBudgetTooLarge):
+        lease(plan_engine(replace(settings, draft=replace(drafts, kv_budget=most)), spec)[1])
+    small = replace(drafts, kv_budget=MIB)
+    with pytest.raises(KVBudgetTooLarge) as caught:
+        lease(plan_engine(replace(settings, kv_budget=5 * GIB + 256 * MIB, draft=small), spec)[1])
+    assert "lower draft.kv.budget" not in str(caught.value), "that would not do"
+
+
 def test_others_are_named_where_they_are_the_cause() -> None:
     told = refused(CPU, 7 * GIB)
     found = re.search(r"; or close other programs until (\S+) (.iB) more are free$", told)

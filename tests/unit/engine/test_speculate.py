@@ -124,6 +124,27 @@ def test_those_that_decode_are_asked_for_and_what_was_right_is_told() -> None:
     assert (stats.generated_tokens, stats.proposed_tokens, stats.accepted_tokens, stats.steps) == (7, 8, 4, 3)
 
 
+def test_the_statistics_name_who_proposes_and_what_a_step_gives() -> None:
+    harness = Harness(lambda sequence: (*counting(2)(sequence), 0, 0), controller=Controller(6))
+    assert harness.script.name is None
+    harness.script.name = "small"
+    told = harness.core.stats().speculation
+    assert told is not None
+    assert (told.drafter, told.most_tokens, told.tokens_a_step) == ("small", 6, None)
+    free = Harness(lambda sequence: (*counting(2)(sequence), 0, 0))
+    free.submit(1)
+    for _ in range(3):
+        free.step()
+    told = free.core.stats().speculation
+    assert told is not None
+    assert (told.drafter, told.most_tokens, told.tokens_a_step) == (None, None, 3.0)
+    free.script.guess = lambda sequence: (0,)
+    free.step()
+    told = free.core.stats().speculation
+    assert told is not None
+    assert told.tokens_a_step == pytest.approx(2.8), "of which the latest is a tenth"
+
+
 def test_nobody_is_asked_for_more_than_is_left() -> None:
     harness = Harness(counting(9))
     harness.submit(1, max_tokens=3)
