@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from edgekv.cli.bench_prompts import Chat, demo_chats, read_chats
-from edgekv.cli.models import DEMO, NGRAM, OFF
+from edgekv.cli.models import NGRAM, OFF
 from edgekv.cli.speculation_rows import operations, row
 from edgekv.cli.speculation_view import PLAIN
-from edgekv.demo import draft_path
+from edgekv.demo import DEMO, draft_path
 from edgekv.errors import EdgeKVError
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from edgekv.config.model_path import LAYOUTS, gguf_at
-from edgekv.demo import draft_path, target_path
+from edgekv.demo import DEMO, draft_path, target_path
 from edgekv.errors import ModelError
 
-DEMO, NGRAM, OFF = "demo", "ngram", "off"
+NGRAM, OFF = "ngram", "off"
 DRAFT_HELP = "Who proposes tokens to verify, instead of the configuration's: a model's path, 'demo', 'ngram' or 'off'."
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 

@@ -68,7 +68,7 @@ def plan(
     """Say how many tokens of KV cache a model leaves room for, and where every byte goes."""
     from edgekv.cli.plan_view import plan_json, print_plan
     from edgekv.engine.servable import check_drafts_tokens
-    from edgekv.engine.settings import DraftFiles, plan_engine, runs_natively
+    from edgekv.engine.settings import plan_engine, read_draft, runs_natively
     from edgekv.model.hf_config import read_spec
     from edgekv.model.weight_table import read_weight_table
 
@@ -91,8 +91,7 @@ def plan(
     drafted = None
     if settings.draft is not None and settings.draft.folder is not None:
         check_drafts_tokens(settings.folder, settings.draft.folder)
-        draft_spec = read_spec(settings.draft.folder)
-        drafted = DraftFiles(draft_spec, read_weight_table(settings.draft.folder, draft_spec))
+        drafted = read_draft(settings.draft.folder)
     spec = read_spec(settings.folder)
     settings = replace(settings, native=runs_natively(settings, spec))
     table = read_weight_table(settings.folder, spec)

@@ -11,6 +11,7 @@ from edgekv.config.units import MIB, format_size
 from edgekv.core.dtype_choice import DeviceKind
 from edgekv.core.kv_format import KV_FORMATS, KVFormatName, context_need_bytes, kv_alignment, plan_kv
 from edgekv.core.memory_plan import MemoryPlan
+from edgekv.engine.draft_errors import DraftPoolTooSmall
 from edgekv.engine.kernel_needs import BLOCK_SIZE, kv_engine
 from edgekv.engine.settings import DraftFiles, EngineSettings, plan_engine
 from edgekv.model.card_layout import card_bytes
@@ -124,7 +125,11 @@ class _Search:
         while low <= high:
             middle = (low + high) // 2
             changed = replace(self.settings, draft=replace(drafted, kv_budget=middle * MIB))
-            made = self._plan(changed)
+            try:
+                made = self._plan(changed)
+            except DraftPoolTooSmall:
+                low = middle + 1
+                continue
             if made.fits and made.draft is not None:
                 found, low = (changed, middle, made.draft.kv.pool_tokens), middle + 1
             else:

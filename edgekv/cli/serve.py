@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 
 from edgekv.cli.console import stderr
-from edgekv.cli.models import DEMO, DRAFT_HELP, NGRAM, OFF, is_model, resolve_draft, resolve_model
+from edgekv.cli.models import DRAFT_HELP, NGRAM, OFF, is_model, resolve_draft, resolve_model
 from edgekv.config.model_path import model_name
-from edgekv.demo import draft_path, target_path
+from edgekv.demo import DEMO, draft_path, target_path
 
 if TYPE_CHECKING:
     from edgekv.config.settings import Config
@@ -35,6 +35,7 @@ def serve(
 ) -> None:
     """Serve a model over the OpenAI protocol until Ctrl-C."""
     from edgekv.config.load import load_config
+    from edgekv.engine.servable import check_drafts_tokens
     from edgekv.engine.settings import lease, plan_engine
     from edgekv.model.hf_config import read_spec
 
@@ -55,6 +56,8 @@ def serve(
     name, aliases, engine = served_model(loaded, model)
     if draft is not None:
         engine = replace(engine, draft=drafting(draft, engine.draft))
+    if engine.draft is not None and engine.draft.folder is not None:
+        check_drafts_tokens(engine.folder, engine.draft.folder)
     lease(plan_engine(engine, read_spec(engine.folder))[1])
 
     from edgekv.cli.running import run

@@ -3,13 +3,11 @@
 import difflib
 import ipaddress
 from collections.abc import Iterable
-from pathlib import Path as FilePath
 
 from edgekv.config.document import Document, Fault, Path, Value
-from edgekv.config.model_path import LAYOUTS, gguf_at
+from edgekv.config.model_path import why_no_model
 from edgekv.config.settings import MAX_PINNED_BYTES, Config, Model, PinnedPrompt
 from edgekv.config.units import MIB
-from edgekv.errors import ModelError
 
 NOT_YET_FIELDS: tuple[tuple[str, ...], ...] = (
     ("kv", "tier"),
@@ -52,7 +50,7 @@ def cross_checks(config: Config, written: dict[str, Value], *, files: bool) -> I
         if model.device not in devices:
             hint = _did_you_mean(model.device, devices)
             yield ("models", name, "device"), f"no device {model.device!r}: name one of {', '.join(devices)}{hint}"
-        if files and (fault := _no_model(model.path)):
+        if files and (fault := why_no_model(model.path)):
             yield ("models", name, "path"), fault
         yield from _draft(written, name, model, files=files)
         yield from _pinned(config, written, name, model, files=files)
@@ -127,30 +125,14 @@ def _draft(written: dict[str, Value], model_name: str, model: Model, *, files: b
     given = _keys(written, where)
     if "method" in given - draft.model_fields_set:
         return  # whatever else it needs depends on that
-    if draft.method == "model" and "path" not in given:
-        yield where, "which model drafts? Give its 'path', or set 'method: ngram'"
+    if draft.method == "model" and draft.path is None and "path" not in given - draft.model_fields_set:
+        message = "which model drafts? Give its 'path', or write 'method: ngram', or 'draft: off' for nobody"
+        yield (*where, "path") if "path" in given else where, message
     if draft.method == "ngram":
         for key in sorted(given & {"path", "kv"}):
             yield (*where, key), "n-grams need no model and no memory for one: leave it out, or set 'method: model'"
-    elif files and draft.path is not None and (fault := _no_model(draft.path)):
+    elif draft.method == "model" and files and draft.path is not None and (fault := why_no_model(draft.path)):
         yield (*where, "path"), fault
-
-
-def _no_model(path: FilePath) -> str:
-    """Why the path is none of a model; "" where it is one, as far as can be told without reading it."""
-    try:
-        file = gguf_at(path)
-        if file is None:
-            if (path / "config.json").is_file():
-                return ""
-            what = "neither config.json nor a .gguf file in it" if path.is_dir() else "no such folder"
-            return f"{path}: {what}; a model is {LAYOUTS}"
-        with file.open("rb") as opened:
-            return "" if opened.read(4) == b"GGUF" else f"{path}: not a GGUF file; a model is {LAYOUTS}"
-    except ModelError as error:
-        return str(error)
-    except OSError as error:
-        return f"{path}: cannot be read: {error.strerror or error}"
 
 
 def _keys(written: Value, path: Path) -> set[str]:

@@ -141,7 +141,8 @@ def _fault(document: Document, path: Where, detail: ErrorDetails) -> Fault:
         message = f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         return Fault(document.place_of(path, key=True), path, message)
     if kind == "missing":
-        return Fault(document.place_of(path[:-1], key=True), path, "required, but not given")
+        wanted = ": a folder, a .gguf file, or demo" if path[0] == "models" and path[2:] == ("path",) else ""
+        return Fault(document.place_of(path[:-1], key=True), path, f"required, but not given{wanted}")
     if path[:2] == ("server", "api_keys") and path[-1] == "key":
         given = "…"
     return Fault(document.place_of(path), path, _message(kind, given, context, detail["msg"]))

@@ -38,3 +38,20 @@ def model_name(path: Path) -> str:
     """What a model is called that no configuration names."""
     path = path.absolute()
     return re.sub(r"-\d{5}-of-\d{5}$", "", path.stem) if path.is_file() else path.name
+
+
+def why_no_model(path: Path) -> str:
+    """Why the path is none of a model; "" where it is one, as far as can be told without reading it."""
+    try:
+        file = gguf_at(path)
+        if file is None:
+            if (path / "config.json").is_file():
+                return ""
+            what = "neither config.json nor a .gguf file in it" if path.is_dir() else "no such folder"
+            return f"{path}: {what}; a model is {LAYOUTS}"
+        with file.open("rb") as opened:
+            return "" if opened.read(4) == b"GGUF" else f"{path}: not a GGUF file; a model is {LAYOUTS}"
+    except ModelError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror or error}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from edgekv.config.document import Document, Fault, Path, Place, Value, parse_document, parse_scalar
+from edgekv.config.draft_forms import SHORT_FORMS
 from edgekv.config.settings import Config, section_of
 
 ENV_PREFIX = "EDGEKV_"
@@ -105,9 +106,11 @@ def _place_value(document: Document, path: tuple[str, ...], text: str, source: s
     node: dict[str, Value] = document.data
     for part in path[:-1]:
         inner = node.get(part)
-        if not isinstance(inner, dict):
+        if part == "draft" and inner in SHORT_FORMS:
+            inner = {"method": inner}  # which another of its settings is laid beside
+        elif not isinstance(inner, dict):
             inner = {}
-            node[part] = inner
+        node[part] = inner
         node = inner
     node[path[-1]] = parsed.data["value"]
     for table in (document.keys, document.values):

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, WithJsonSchema
 
-from edgekv.config.units import MIB, Share, parse_duration, parse_size, parse_size_or_share
+from edgekv.config.draft_forms import add_short_forms, written_out
+from edgekv.config.units import MIB, Share, parse_duration, parse_share, parse_size, parse_size_or_share
+from edgekv.demo import DEMO, draft_path, target_path
 
 
 def _expand_path(value: object, info: ValidationInfo) -> object:
@@ -17,6 +19,26 @@ def _expand_path(value: object, info: ValidationInfo) -> object:
         raise ValueError(f"expected the path of a file or folder, not {value!r}")
     base = (info.context or {}).get("base", Path.cwd())
     return Path(base, Path(value).expanduser())
+
+
+def _model_path(value: object, info: ValidationInfo) -> object:
+    return target_path() if value == DEMO else _expand_path(value, info)
+
+
+def _draft_path(value: object, info: ValidationInfo) -> object:
+    return draft_path() if value == DEMO else _expand_path(value, info)
+
+
+def _acceptance(value: object) -> object:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            near = f"; did you mean {parse_share(value).fraction:g}?"
+        except ValueError:
+            near = ""
+        raise ValueError(f"expected a number from 0 to 1, not {value!r}{near}")
+    if type(value) in (int, float) and value > 1:  # type: ignore[operator]
+        raise ValueError(f"must be at most 1.0, not {value}: it is a share, 0.5 for one in two")
+    return value
 
 
 def _budget(value: object) -> object:
@@ -78,6 +100,8 @@ Ttl = Annotated[
 ]
 Timeout = Annotated[float, BeforeValidator(_timeout), _DURATION]  # 0 would cut everybody off
 FilePath = Annotated[Path, BeforeValidator(_expand_path), WithJsonSchema({"type": "string"})]
+ModelPath = Annotated[Path, BeforeValidator(_model_path), WithJsonSchema({"type": "string"})]
+DraftPath = Annotated[Path, BeforeValidator(_draft_path), WithJsonSchema({"type": "string"})]
 ContextTokens = Annotated[
     Literal["auto"] | int,
     BeforeValidator(_context),
@@ -188,17 +212,19 @@ class DraftKV(Section):
 class ModelDraft(Section):
     """Who proposes tokens that the model then verifies several at a time; outputs stay what they are without."""
 
-    method: Literal["model", "ngram"] = Field(
-        "model", description="model: a smaller model with the same tokenizer; ngram: what followed in the text before"
+    method: Literal["model", "ngram", "off"] = Field(
+        "model",
+        description="model: a smaller model with the same tokenizer; ngram: what followed in the text before; "
+        "off: nobody, whatever else stands here",
     )
-    path: FilePath | None = Field(
-        None, description="the draft model: a folder in Hugging Face's layout, or a .gguf file"
+    path: DraftPath | None = Field(
+        None, description="the draft model: a folder in Hugging Face's layout, a .gguf file, or demo: the bundled one"
     )
     tokens: int = Field(
         8, ge=1, le=MAX_PROPOSED, description="the most proposed for a sequence at once; how many pay is measured"
     )
     kv: DraftKV = Field(default_factory=DraftKV)
-    min_acceptance: float = Field(
+    min_acceptance: Annotated[float, BeforeValidator(_acceptance)] = Field(
         0.0, ge=0, le=1, description="where the first token proposed is right less often, none are, whatever they save"
     )
 
@@ -223,7 +249,9 @@ class PinnedPrompt(Section):
 class Model(Section):
     """One model and how to serve it."""
 
-    path: FilePath = Field(description="a folder in Hugging Face's layout, or a .gguf file")
+    path: ModelPath = Field(
+        description="a folder in Hugging Face's layout, a .gguf file, or demo: the bundled model"
+    )
     aliases: tuple[str, ...] = Field((), strict=False, description="other names clients may ask for")
     device: str = Field("auto", min_length=1, description="auto, cpu, or a name from devices")
     context: ContextTokens = Field("auto", description="longest prompt plus answer in tokens; auto: the model's own")
@@ -232,7 +260,11 @@ class Model(Section):
         "auto", description="auto: as the checkpoint has them; int8, int4: quantised as they are loaded, on the CPU"
     )
     kv: ModelKV = Field(default_factory=ModelKV)
-    draft: ModelDraft | None = Field(None, description="who proposes tokens for it to verify; none: nobody")
+    draft: Annotated[ModelDraft | None, BeforeValidator(written_out)] = Field(
+        None,
+        description="who proposes tokens for it to verify; none: nobody. off and ngram are short for their method",
+        json_schema_extra=add_short_forms,
+    )
     max_num_seqs: int = Field(16, ge=1, le=1024, description="sequences in one step")
     max_step_tokens: int = Field(512, ge=16, le=32768, description="tokens in one step; longer prompts come in chunks")
     pinned_prompts: tuple[PinnedPrompt, ...] = Field(

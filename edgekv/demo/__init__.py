@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+DEMO = "demo"
+"""What both are called where a path is asked for."""
+
 
 def target_path() -> Path:
     """The folder of the demo model."""

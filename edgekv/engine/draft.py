@@ -21,15 +21,13 @@ from edgekv.core.sequence import Sequence
 from edgekv.core.step import UNKNOWN, Chunk, PoolStats, Sampled, StepPlan
 from edgekv.engine.at_once import Done
 from edgekv.engine.draft_rows import chance, draft_row
+from edgekv.engine.draft_settings import LAG_TOKENS
 from edgekv.engine.draft_views import DraftViews, View
 from edgekv.engine.memory_errors import is_out_of_memory
 from edgekv.engine.proposer import Proposer, Reading
 from edgekv.engine.protocols import Pending, Pipeline
 from edgekv.engine.sample_row import SampleRow
 from edgekv.engine.sampler import NonFiniteLogits
-
-# What it may lag behind a sequence and still begin a guess at once: what one verification leaves, and a little.
-LAG_TOKENS = 24
 
 # How long it does nothing after a step of it found too little memory: others may need it more.
 # Each time for twice as long: what it has read is lost every time.

@@ -17,6 +17,7 @@ from edgekv.core.ledger import Ledger
 from edgekv.core.prefix_cache import PrefixCache
 from edgekv.engine.at_once import AtOnce
 from edgekv.engine.draft import DraftModel
+from edgekv.engine.draft_errors import DraftUnusable, told_of_draft
 from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
 from edgekv.engine.draft_settings import drafter_name
 from edgekv.engine.kv_pool import KVPool
@@ -53,7 +54,7 @@ class Drafted:
 
 
 def drafted_by(settings: EngineSettings, target: ModelSpec, tokenizer: Tokenizer) -> Drafted | None:
-    """The draft model that is asked for, None where there is none. Raises ModelError where its vocabulary is another.
+    """The draft model that is asked for, None where there is none. Raises DraftUnusable, VocabularyMismatch.
 
     `settings.native` is decided.
     """
@@ -62,9 +63,10 @@ def drafted_by(settings: EngineSettings, target: ModelSpec, tokenizer: Tokenizer
     if made is None or settings.draft is None:
         return None
     engine, spec = made
-    check_same_vocabulary(tokenizer, load_tokenizer(engine.folder))
-    table = read_weight_table(engine.folder, spec)
-    choice, _ = weigh(engine, spec, table, native=bool(engine.native))
+    with told_of_draft(engine.folder):
+        check_same_vocabulary(tokenizer, load_tokenizer(engine.folder), draft_at=engine.folder)
+        table = read_weight_table(engine.folder, spec)
+        choice, _ = weigh(engine, spec, table, native=bool(engine.native))
     return Drafted(engine, spec, choice, target, settings.draft.tokens)
 
 
@@ -88,9 +90,10 @@ def load_drafted(
     [workspace] = ledger.leases(WORKSPACE_LEASE)
     begun_s = time.monotonic()
     try:
-        loaded = _load(drafted, plan, kernels, progress)
+        with told_of_draft(settings.folder):
+            loaded = _load(drafted, plan, kernels, progress)
     except (CompileFailed, DriverError, KernelUnavailable) as error:
-        raise ModelError(f"{settings.folder}: the card's kernels cannot run this draft model: {error}") from error
+        raise DraftUnusable(settings.folder, f"the card's kernels cannot run it: {error}") from error
     memory.adopt(loaded, weights, workspace, ledger.leases(DRAFT_KV_LEASE), load_s=time.monotonic() - begun_s)
     if plan.kv.num_blocks:
         warm_up(loaded.pipeline, blocks)

@@ -9,6 +9,9 @@ from edgekv.config.units import Share
 from edgekv.core.kv_format import KVDtypeName
 from edgekv.demo import draft_path
 
+LAG_TOKENS = 24
+"""What a draft may lag behind a sequence and still begin a guess at once: what one verification leaves, and more."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftSettings:
@@ -25,9 +28,21 @@ class DraftSettings:
     kv_budget: int | float | None = None
     min_acceptance: float = 0.0
 
+    @property
+    def least_pool_tokens(self) -> int:
+        """What the pool of a draft model has to hold for a whole guess behind the shortest texts that there are.
+
+        A draft has blocks for all of a sequence and its guess, or none for it (see `draft_views`). Hardly a prompt in
+        its chat template is shorter than LAG_TOKENS.
+        """
+        return LAG_TOKENS + self.tokens
+
     @classmethod
-    def from_config(cls, draft: ModelDraft) -> "DraftSettings":
-        """What a model's configuration asks for."""
+    def from_config(cls, draft: ModelDraft) -> "DraftSettings | None":
+        """What a model's configuration, which was checked, asks for; None where it is off."""
+        if draft.method == "off":
+            return None
+        assert draft.method == "ngram" or draft.path is not None, "a draft model without a path is no n-grams"
         budget, dtype = draft.kv.budget, draft.kv.dtype
         return cls(
             folder=draft.path,  # which n-grams have not

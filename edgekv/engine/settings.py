@@ -10,10 +10,11 @@ from edgekv.core.capacity import plan_memory
 from edgekv.core.demand import Demand
 from edgekv.core.draft_plan import Draft
 from edgekv.core.dtype_choice import DtypeChoice, DtypeName, choose_dtype, without_bfloat16
-from edgekv.core.kv_format import KVDtypeName, kv_alignment
+from edgekv.core.kv_format import KVDtypeName, kv_alignment, plan_kv
 from edgekv.core.ledger import Ledger
 from edgekv.core.memory_plan import MemoryPlan
 from edgekv.core.model_shape import WeightBytes
+from edgekv.engine.draft_errors import DraftPoolTooSmall, check_is_model, told_of_draft
 from edgekv.engine.draft_settings import DraftSettings
 from edgekv.engine.kernel_needs import NOT_IN_USE, NotServedHere, kv_engine, not_served, why_not_on_card, why_not_served
 from edgekv.engine.no_room import KVBudgetTooLarge, NoRoomForDraft, NoRoomForKV
@@ -143,6 +144,15 @@ class DraftFiles:
     table: WeightTable
 
 
+def read_draft(folder: Path) -> DraftFiles:
+    """The files of a draft model. Raises DraftUnusable."""
+    folder = folder.absolute()
+    with told_of_draft(folder):
+        check_is_model(folder)
+        spec = read_spec(folder)
+        return DraftFiles(spec, read_weight_table(folder, spec))
+
+
 def plan_engine(
     settings: EngineSettings, spec: ModelSpec, table: WeightTable | None = None, draft: DraftFiles | None = None
 ) -> tuple[DtypeChoice, MemoryPlan]:
@@ -198,9 +208,13 @@ def draft_engine(settings: EngineSettings, files: DraftFiles | None = None) -> t
     draft = settings.draft
     if draft is None or draft.folder is None:
         return None
-    spec = read_spec(draft.folder) if files is None else files.spec
+    folder = draft.folder.absolute()
+    with told_of_draft(folder):
+        if files is None:
+            check_is_model(folder)
+        spec = read_spec(folder) if files is None else files.spec
     asked = EngineSettings(
-        folder=draft.folder,
+        folder=folder,
         place=settings.place,
         kv_dtype=draft.kv_dtype,
         kv_budget=draft.kv_budget,
@@ -217,27 +231,41 @@ def draft_engine(settings: EngineSettings, files: DraftFiles | None = None) -> t
 
 
 def weigh_draft(settings: EngineSettings, files: DraftFiles | None = None) -> Draft | None:
-    """What there is to plan for a draft model; None where no model drafts. `files`: None to read what they say."""
+    """What there is to plan for a draft model; None where no model drafts. `files`: None to read what they say.
+
+    Raises DraftUnusable, DraftPoolTooSmall for a budget that is too small for any proposal, and NotServedHere.
+    """
     made = draft_engine(settings, files)
-    if made is None:
+    if made is None or settings.draft is None:
         return None
     engine, spec = made
     native = runs_natively(engine, spec)
     if (unmet := next(not_served(engine, native=native), None)) is not None:
         setting = f"draft.{unmet[0]}"
         raise NotServedHere(setting, unmet[1], why_not_served(engine, spec, setting) or NOT_IN_USE)
-    table = read_weight_table(engine.folder, spec) if files is None else files.table
-    choice, weights = weigh(engine, spec, table, native=native)
+    with told_of_draft(engine.folder):
+        table = read_weight_table(engine.folder, spec) if files is None else files.table
+        choice, weights = weigh(engine, spec, table, native=native)
     workspace, graphs = _step_bytes(engine, spec, table, choice, native=native, is_draft=True)
     budget = engine.kv_budget
+    kv_bytes = int(settings.place.free_bytes * budget) if isinstance(budget, float) else budget
+    alignment = kv_alignment(kv_engine(engine, native=native))
+    if kv_bytes is not None:
+        kv_format = engine.kv_dtype or choice.name
+        pool = plan_kv(
+            spec, kv_format=kv_format, block_size=engine.block_size, budget_bytes=kv_bytes, alignment=alignment
+        )
+        least_tokens = min(settings.draft.least_pool_tokens, engine.context_tokens or spec.max_position_embeddings)
+        if pool.pool_tokens < least_tokens:
+            raise DraftPoolTooSmall(kv_bytes, pool, least_tokens)
     return Draft(
         spec,
         choice.name,
-        budget if budget is None or isinstance(budget, int) else int(settings.place.free_bytes * budget),
+        kv_bytes,
         weights,
         workspace_bytes=None if workspace is None else workspace + (graphs or 0),
         kv_format=engine.kv_dtype,
-        kv_alignment=kv_alignment(kv_engine(engine, native=native)),
+        kv_alignment=alignment,
     )
 
 

@@ -184,7 +184,7 @@ def load_chat_template(folder: Path, *, limits: Limits | None = None) -> ChatTem
     try:
         return ChatTemplate(files.chat_templates, named, limits=limits)
     except TemplateError as error:
-        raise ModelError(f"{folder.name}: {error}") from error
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class JsonTokenizer(VocabularyTokenizer):
             description = json.loads(source)
             tokenizer = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path.name}: not a tokenizer: {error}") from error
+            raise ModelError(f"{path}: not a tokenizer: {error}") from error
         named = dict(files.named)
         if _is_rebuilt_by_transformers(files, description):
             named = _LLAMA_NAMES | named
@@ -95,10 +95,10 @@ class JsonTokenizer(VocabularyTokenizer):
             try:
                 rules = rules_of_decoder(description.get("decoder") or {"type": "none"})
             except (ValueError, KeyError) as error:
-                raise ModelError(f"{path.name}: decoder: {error}") from error
+                raise ModelError(f"{path}: decoder: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(path.name, tokenizer, rules, named, files, max_bytes=max_bytes)
+        return cls(str(path), tokenizer, rules, named, files, max_bytes=max_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""

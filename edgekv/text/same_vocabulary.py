@@ -7,13 +7,18 @@ Runs in: anywhere; owns: nothing.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from edgekv.config.draft_forms import WITHOUT_DRAFT
 from edgekv.errors import ModelError
 from edgekv.text.tokenizer import Tokenizer
 from edgekv.text.vocabulary import DecodeRules
 from edgekv.text.vocabulary_tokenizer import VocabularyTokenizer
 
-REMEDY = "A draft must come from the same family: its tokenizer must be the target's."
+REMEDY = (
+    "A draft must come from the same family: its tokenizer must be the target's. "
+    f"Take another, or {WITHOUT_DRAFT}."
+)
 
 
 class VocabularyMismatch(ModelError):
@@ -33,9 +38,16 @@ class DifferentPieces(VocabularyMismatch):
 
 
 def check_same_vocabulary(
-    target: Tokenizer, draft: Tokenizer, *, target_name: str = "the target", draft_name: str = "the draft"
+    target: Tokenizer,
+    draft: Tokenizer,
+    *,
+    target_name: str = "the target",
+    draft_name: str = "the draft",
+    draft_at: Path | None = None,
 ) -> None:
     """Raise where an id does not mean the same in both; the names are what errors call the models.
+
+    `draft_at`: where the draft lies, for errors to tell.
 
     Their bytes decide, however the pieces are written. One may have more tokens than the other: only ids that are
     tokens in both are compared. How text is cut into tokens, and chat templates, make no difference to a draft.
@@ -44,6 +56,7 @@ def check_same_vocabulary(
         DifferentPieces: an id is another piece of text.
         VocabularyMismatch: another id begins or ends a text.
     """
+    whose = draft_name if draft_at is None else f"{draft_name} {draft_at}"
     shared = range(min(target.vocab_size, draft.vocab_size))
     different = [
         token_id
@@ -56,7 +69,7 @@ def check_same_vocabulary(
     if different:
         first = different[0]
         raise DifferentPieces(
-            f"{draft_name}: token {first} is {_piece(target, first)} in {target_name} and {_piece(draft, first)} in "
+            f"{whose}: token {first} is {_piece(target, first)} in {target_name} and {_piece(draft, first)} in "
             f"{draft_name}; {len(different):,} of {len(shared):,} token ids differ.",
             first,
             len(different),
@@ -65,7 +78,7 @@ def check_same_vocabulary(
     for what, of, from_ in (("begins", target.bos_id, draft.bos_id), ("ends", target.eos_id, draft.eos_id)):
         if of is not None and from_ is not None and of != from_:
             raise VocabularyMismatch(
-                f"{draft_name}: the token that {what} a text is {of} {_piece(target, of)} in {target_name} and "
+                f"{whose}: the token that {what} a text is {of} {_piece(target, of)} in {target_name} and "
                 f"{from_} {_piece(draft, from_)} in {draft_name}.",
                 of,
                 from_,

@@ -112,11 +112,11 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         """
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise ModelError(f"{path.name}: larger than {MAX_FILE_BYTES:,} bytes")
+                raise ModelError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes")
             model = path.read_bytes()
         except OSError as error:
-            raise ModelError(f"{path.name}: cannot be read: {error.strerror or error}") from error
-        return cls(path.name, model, files, max_bytes=max_bytes)
+            raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return cls(str(path), model, files, max_bytes=max_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""

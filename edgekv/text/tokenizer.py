@@ -115,4 +115,4 @@ def load_tokenizer(folder: Path, *, max_bytes: int = MAX_BYTES) -> Tokenizer:
         from edgekv.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
         return SentencePieceTokenizer.read(folder / "tokenizer.model", files, max_bytes=max_bytes)
-    raise ModelError(f"{folder.name}: no tokenizer: neither tokenizer.json nor tokenizer.model is there")
+    raise ModelError(f"{folder}: no tokenizer: neither tokenizer.json nor tokenizer.model is there")

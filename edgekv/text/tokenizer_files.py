@@ -144,12 +144,12 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ModelError(f"{path.name}: larger than {MAX_FILE_BYTES:,} bytes")
+            raise ModelError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(f"{path.name}: cannot be read: {error.strerror or error}") from error
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path.name}: not UTF-8 at byte {error.start}") from error
+        raise ModelError(f"{path}: not UTF-8 at byte {error.start}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -163,9 +163,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name}: not valid JSON: {error}") from error
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path.name}: expected an object, found {type(value).__name__}")
+        raise ModelError(f"{path}: expected an object, found {type(value).__name__}")
     return value
 
 
@@ -174,11 +174,11 @@ def _added_tokens_decoder(config: dict[str, Any], path: Path) -> dict[int, Added
     if entries is None:
         return None
     if not isinstance(entries, dict):
-        raise ModelError(f"{path.name}: added_tokens_decoder: expected an object")
+        raise ModelError(f"{path}: added_tokens_decoder: expected an object")
     added = {}
     for key, entry in entries.items():
         if not (isinstance(entry, dict) and isinstance(entry.get("content"), str) and key.isascii() and key.isdigit()):
-            raise ModelError(f"{path.name}: added_tokens_decoder.{key}: expected an id and an object with content")
+            raise ModelError(f"{path}: added_tokens_decoder.{key}: expected an id and an object with content")
         added[int(key)] = added_token(entry)
     return added
 
@@ -199,7 +199,7 @@ def _legacy_added_tokens(path: Path, sources: Iterable[dict[str, Any]]) -> dict[
     added = {}
     for content, token_id in read_json_object(path).items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise ModelError(f"{path.name}: {content!r}: expected a token id, found {token_id!r}")
+            raise ModelError(f"{path}: {content!r}: expected a token id, found {token_id!r}")
         added[token_id] = AddedToken(content, content in special, content not in special)
     return added
 
@@ -219,7 +219,7 @@ def _bounded(folder: Path, templates: dict[str, str]) -> dict[str, str]:
     for name, text in templates.items():
         if len(text) > MAX_TEMPLATE_CHARS:
             what = f"chat template {name!r:.80}"
-            raise ModelError(f"{folder.name}: {what}: longer than {MAX_TEMPLATE_CHARS:,} characters")
+            raise ModelError(f"{folder}: {what}: longer than {MAX_TEMPLATE_CHARS:,} characters")
     return templates
 
 

@@ -1,6 +1,7 @@
 """`edgekv check`: what could never be served is told with file, line and field."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,17 @@ def test_a_draft_that_could_not_be_served_is_a_fault_too(file: Path, tmp_path: P
     assert "holds neither model.safetensors nor" in told
     options = [part for setting in (*fine, *drafts[:1]) for part in ("--set", setting)]
     assert run(app, ["check", str(file), *options]).exit_code == 0
+
+
+def test_a_draft_is_told_with_its_place_and_its_folder(tmp_path: Path) -> None:
+    file, draft = tmp_path / "c.yaml", shutil.copytree(draft_path(), tmp_path / "draft")
+    file.write_text("models:\n  m:\n    path: demo\n    device: cpu\n    draft: {path: draft, kv: {budget: 20KiB}}\n")
+    [pool] = faults(file)
+    assert pool.startswith(f"{file}:5:39: error: models.m.draft.kv.budget: 20.00 KiB holds 16 tokens of the draft")
+    (draft / "tokenizer.json").write_text("{}")
+    [tokens] = faults(file)
+    assert tokens.startswith(f"{file}:5:19: error: models.m.draft.path: the draft model: {draft}/tokenizer.json: not ")
+    assert run(app, ["check", str(file), "--set", "models.m.draft=off"]).exit_code == 0
 
 
 def test_formats_of_cards_are_refused_where_the_model_goes_to_the_cpu(tmp_path: Path) -> None:

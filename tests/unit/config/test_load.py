@@ -151,14 +151,14 @@ logging: {level: inf, prompts: true}
         ("models: {m: {path: model, weights: int3}}", "1:36: error: models.m.weights: expected 'auto', 'int8'"),
         ("models: {m: {path: model, dtype: int8}}", "1:34: error: models.m.dtype: expected 'auto', 'float32', "),
         ("models: {m: {path: model, draft: {}}}", "1:34: error: models.m.draft: which model drafts? Give its 'path'"),
-        ("models: {m: {path: model, draft: 5}}", "1:34: error: models.m.draft: expected 'name: value' pairs, not 5"),
+        ("models: {m: {path: model, draft: 5}}", "1:34: error: models.m.draft: expected 'off', 'ngram' or 'name: "),
         (
             "models: {m: {path: model, draft: {path: model, token: 3}}}",
             "1:48: error: models.m.draft.token: unknown key 'token'; did you mean 'tokens'?",
         ),
         (
             "models: {m: {path: model, draft: {method: ngrams}}}",
-            "1:43: error: models.m.draft.method: expected 'model' or 'ngram', not 'ngrams'; did you mean 'ngram'?",
+            "1:43: error: models.m.draft.method: expected 'model', 'ngram' or 'off', not 'ngrams'; did you mean 'ngram",
         ),
         (
             "models: {m: {path: model, draft: {path: model, tokens: 17}}}",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from edgekv.core.sequence import Sequence
-from edgekv.engine.draft import LAG_TOKENS, REST_S
+from edgekv.engine.draft import REST_S
+from edgekv.engine.draft_settings import LAG_TOKENS
 from tests.unit.engine.draft_alone import BLOCK_SIZE, Draft, sequence
 
 # ---- faults

@@ -10,6 +10,7 @@ import pytest
 from edgekv.config.settings import Config
 from edgekv.demo import draft_path, target_path
 from edgekv.engine import servable
+from edgekv.engine.draft_errors import DraftUnusable
 from edgekv.engine.servable import check_drafts_tokens, unservable
 from edgekv.errors import ModelError
 from edgekv.kernels.cpu.library import VARIABLE
@@ -92,7 +93,9 @@ def test_a_draft_that_speaks_other_tokens(tmp_path: Path) -> None:
     told = found(target_path(), draft={"path": str(other)})
     assert list(told) == ["models.m.draft.path"]
     assert "2 of 2,048 token ids differ. A draft must come from the same family" in told["models.m.draft.path"]
+    assert told["models.m.draft.path"].startswith(f"the draft {other}: token ")
     assert found(target_path(), draft={"path": str(draft_path())}) == {}
+    assert found(target_path(), draft={"path": str(other), "method": "off"}) == {}
     with pytest.raises(ModelError, match="token ids differ"):
         check_drafts_tokens(target_path(), other)
     (other / "tokenizer.json").unlink()
@@ -100,8 +103,70 @@ def test_a_draft_that_speaks_other_tokens(tmp_path: Path) -> None:
     assert found(target_path(), draft={"method": "ngram"}) == {}
 
 
+def test_what_a_start_would_refuse_of_the_files_is_found(copied: Path) -> None:
+    def told() -> str:
+        as_model, as_draft = found(copied), found(target_path(), draft={"path": str(copied)})
+        assert list(as_model) == ["models.m.path"]
+        assert list(as_draft) == ["models.m.draft.path"]
+        assert as_draft["models.m.draft.path"].startswith("the draft model")
+        [message] = as_model.values()
+        assert message in as_draft["models.m.draft.path"].replace(f"model {copied}", f"model: {copied}")
+        return message
+
+    assert found(copied) == {}
+    weights, tokenizer = copied / "model.safetensors", copied / "tokenizer.json"
+    whole, text = weights.read_bytes(), tokenizer.read_text()
+    weights.write_bytes(whole[:-1000])
+    assert "the file is truncated, 1,000 bytes short" in told()
+    weights.write_bytes(whole)
+    tokenizer.write_text(text[:-1000])
+    assert told().startswith(f"{tokenizer}: not a tokenizer: ")
+    tokenizer.unlink()
+    (copied / "tokenizer.model").unlink()
+    assert told().startswith(f"{copied}: no tokenizer: neither ")
+    tokenizer.write_text(text)
+    edit_config(copied, intermediate_size=96)
+    assert "but config.json asks for [96, " in told()
+
+
+def test_a_model_whose_texts_are_broken(copied: Path) -> None:
+    (copied / "chat_template.jinja").write_text("{% if %}")
+    assert found(copied)["models.m.path"].startswith(f"{copied}: ")
+    (copied / "chat_template.jinja").unlink()
+    (copied / "generation_config.json").write_text('{"temperature": "hot"}')
+    assert "temperature" in found(copied)["models.m.path"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "big"])
+def test_a_drafts_pool_that_could_hardly_propose(device: str) -> None:
+    def drafts(budget: str, **changes: Any) -> dict[str, str]:
+        draft = {"path": str(draft_path()), "kv": {"budget": budget}} | changes
+        return found(target_path(), device=device, draft=draft)
+
+    for budget in ("0MiB", "1KiB"):
+        assert list(drafts(budget)) == ["models.m.draft.kv.budget"]
+        assert "Set draft.kv.budget to " in drafts(budget)["models.m.draft.kv.budget"]
+        assert drafts(budget, method="off") == {}
+    assert drafts("1MiB") == drafts("0.001%") == {}, "of what there is then"
+
+
+def test_no_folder_is_a_draft_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(DraftUnusable, match=f"the draft model {tmp_path}: neither config.json nor"):
+        check_drafts_tokens(target_path(), tmp_path)
+
+
+def test_a_draft_that_cannot_be_kept_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("no such format")
+
+    monkeypatch.setattr(servable, "weigh_draft", fail)
+    draft = {"path": str(draft_path()), "kv": {"budget": "1GiB"}}
+    assert found(target_path(), draft=draft) == {"models.m.draft.path": "no such format"}
+
+
 def test_weights_that_are_quantised_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_quantised(tmp_path, "awq", 64)[0]
+    shutil.copy(target_path() / "tokenizer.json", folder)
     told = found(folder, weights="int4", context=128)
     assert told == {
         "models.m.weights": "int4 is for weights that are not quantised, and the model's are AWQ, 4 bits, groups of 64 "

@@ -87,10 +87,11 @@ def test_exchanged_pieces_are_named(tmp_path: Path) -> None:
     target = with_vocabulary(tmp_path / "target", pieces)
     draft = with_vocabulary(tmp_path / "draft", ["a", "b", "Ã", "Ġ", "Ġwater"])
     with pytest.raises(DifferentPieces) as refusal:
-        check_same_vocabulary(target, draft, target_name="garden-8b", draft_name="garden-1b")
+        check_same_vocabulary(target, draft, target_name="garden-8b", draft_name="garden-1b", draft_at=Path("/m"))
     assert str(refusal.value) == (
-        "garden-1b: token 2 is ' water' in garden-8b and b'\\xc3' in garden-1b; 2 of 5 token ids differ. "
-        "A draft must come from the same family: its tokenizer must be the target's."
+        "garden-1b /m: token 2 is ' water' in garden-8b and b'\\xc3' in garden-1b; 2 of 5 token ids differ. "
+        "A draft must come from the same family: its tokenizer must be the target's. Take another, or go without one "
+        "(--draft off, or in a configuration draft: off)."
     )
     assert (refusal.value.token_id, refusal.value.num_different, refusal.value.num_shared) == (2, 2, 5)
     assert isinstance(refusal.value, ModelError)
