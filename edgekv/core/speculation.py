@@ -15,20 +15,19 @@ to find out.
 Who proposes may know better than any mean how likely a token is; `least_chances` says what is worth a row at the rate
 that there is, and what one step more of the draft.
 
-A draft model has to read what it has not seen of a sequence before it can propose for it. That pays if the sequence
-goes on for long enough, which nobody knows. So it is read once the sequence has said so much that the same again would
-save what reading takes: then no more is lost on one that ends there than was there to be gained.
+What a draft model has not read of a sequence, it reads when that is worth it (`core/speculation_reading`).
 """
 
 from collections.abc import Mapping
+from functools import partial
 from math import inf
 
-from edgekv.core.acceptance import Acceptances, Offer
-from edgekv.core.speculation_accounts import CREDIT_STEPS, ProbingAccounts, ReadingAccount, probing_share
-from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, ProposingCosts, StepCosts, running_mean
+from edgekv.core.acceptance import Acceptances
+from edgekv.core.speculation_accounts import CREDIT_STEPS, ProbingAccounts, probing_share
+from edgekv.core.speculation_gain import Gain
+from edgekv.core.speculation_reading import Reading
+from edgekv.core.step_costs import LEAST_S, MOST_TIMES_MEAN, PlainSteps, StepCosts
 
-# A gain below this is not told from noise, nor from what it takes to look for it.
-_MARGIN = 0.05
 _PROBES = (1, 4, 2, 8)  # the longer ones cost more, and tell of more places
 # Every so many steps some rows more or fewer than what seems best: between what was measured the line may be bent.
 _NUDGED_AFTER = 16
@@ -65,7 +64,6 @@ class Controller:
         if most < 1:
             raise ValueError(f"most is {most}, must be at least 1")
         self.most = most
-        self.costs = StepCosts()
         self.rest_steps = 0
         """For so many steps of as many sequences the latest choice, of nothing, may hold."""
         self.pauses = 0
@@ -73,12 +71,10 @@ class Controller:
         """Proposed for a sequence in recent steps, on average."""
         self.speedup: float | None = None
         """Tokens a second of recent steps with proposals against those without; None before any."""
-        self._most_in_all, self._min_acceptance = most_in_all, min_acceptance
-        self.seen = Acceptances(most)
-        self._proposing = ProposingCosts()
-        self._reading_s: float | None = None  # of one token
+        self._min_acceptance = min_acceptance
+        self.gain = Gain(most, most_in_all)
+        self.reading = Reading()
         self.accounts = ProbingAccounts()
-        self.reading = ReadingAccount()
         self._num_decodes = 1
         self._plain: dict[int, PlainSteps] = {}  # by number of sequences
         self._num_choices = self._num_probes = 0
@@ -88,12 +84,18 @@ class Controller:
         self._kept: dict[int, int] = {}
         self._kept_for: tuple[int, ...] = ()
         self._kept_steps = 0
-        self._reading: set[int] = set()  # sequences of which some was read, and not yet all
         self._untried_steps = 0
         self._missing_steps = 0.0  # in the account, to try what was last thought of
-        self._worth_in_steps = inf  # until the first sequence will have said enough to be read
-        self._rate_s = 0.0  # tokens a second that the latest choice comes to
-        self._marginal_s = 0.0, 0.0  # seconds of a row more, and of a row with the draft's step for it
+
+    @property
+    def costs(self) -> StepCosts:
+        """Of steps."""
+        return self.gain.costs
+
+    @property
+    def seen(self) -> Acceptances:
+        """Of proposals."""
+        return self.gain.seen
 
     @property
     def account_steps(self) -> float:
@@ -147,9 +149,12 @@ class Controller:
         if is_kept and not is_nudged and not unread:
             self._kept_steps -= 1
             return {number: min(tokens, limits[number]) for number, tokens in self._kept.items()}
-        self._worth_in_steps, self._missing_steps = inf, 0.0
-        worth = self._worth_reading(limits, unread, said or {}, plain_s) if unread else limits
-        chosen = {} if self.account_steps < 0 or self._is_unacceptable else self._best(worth, len(most), plain_s)
+        self._missing_steps = 0.0
+        worth = self._worth(limits, unread or {}, said or {}, plain_s)
+        chosen: dict[int, int] = {}
+        if self.account_steps >= 0 and not self._is_unacceptable:
+            nudge = _NUDGES[self._num_choices // _NUDGED_AFTER % len(_NUDGES)] if is_nudged else 0
+            chosen = self.gain.best(worth, len(most), plain_s, nudge=nudge)
         if limits:
             self._note(bool(chosen))
         self._kept, self._kept_for = chosen, tuple(limits)
@@ -161,7 +166,8 @@ class Controller:
             self._untried_steps = 0
         elif limits:
             self.rest_steps = self._rest()
-        self._reading.update(chosen.keys() & unread.keys() if unread else ())
+        if unread:
+            self.reading.begin(chosen.keys() & unread.keys())
         return chosen
 
     def observe(self, sequence_id: int, proposed: int, accepted: int) -> None:
@@ -169,14 +175,8 @@ class Controller:
         self.seen.observe(sequence_id, proposed, accepted)
 
     def least_chances(self) -> tuple[float, float]:
-        """How likely a token must be, with all before it, to be worth its row, and for another to be guessed after it.
-
-        What costs no more than this makes the rate of the latest choice no lower: chance / seconds >= tokens / seconds.
-        """
-        if self._is_probing:
-            return 0.0, 0.0
-        row_s, more_s = self._marginal_s
-        return min(1.0, self._rate_s * row_s), min(1.0, self._rate_s * more_s)
+        """See `Gain`; of what is tried out, all is wanted."""
+        return (0.0, 0.0) if self._is_probing else self.gain.least_chances()
 
     def observe_asking(self, sequence_id: int, wanted: int, proposed: int) -> None:
         """Who was asked to propose so many tokens for a sequence proposed some or all of them."""
@@ -184,25 +184,11 @@ class Controller:
 
     def observe_reading(self, tokens: int, seconds: float) -> None:
         """So many tokens were read, for proposals to come."""
-        plain_s = self.costs.plain(self._num_decodes)
-        if self._reading_s is not None:
-            seconds = min(seconds, MOST_TIMES_MEAN * self._reading_s * tokens)
-        elif plain_s:
-            seconds = min(seconds, plain_s * max(1, tokens))
-        self._reading_s = running_mean(self._reading_s, seconds / max(1, tokens))
-        if plain_s:
-            self.reading.pay(seconds / plain_s)
+        self.reading.observe(tokens, seconds, self.costs.plain(self._num_decodes))
 
     def observe_proposing(self, tokens: int, seconds: float) -> None:
         """Proposing took so long, with at most so many tokens for a sequence."""
-        known_s, plain_s = self._proposing.of(self._num_decodes, tokens), self.costs.plain(self._num_decodes)
-        if known_s:
-            seconds = min(seconds, MOST_TIMES_MEAN * known_s)
-        elif plain_s:
-            # The first guess finds cold caches: until more is known, none is slower than the step that it is for.
-            seconds = min(seconds, tokens * plain_s)
-        self._proposing.observe(self._num_decodes, tokens, seconds)
-        self._proposed_s = seconds
+        self._proposed_s = self.gain.observe_proposing(self._num_decodes, tokens, seconds)
 
     def observe_thinking(self, seconds: float) -> None:
         """It took so long to find that nobody is to be asked."""
@@ -234,7 +220,7 @@ class Controller:
             taken_s = proposing_s + min(max(seconds, LEAST_S), MOST_TIMES_MEAN * expected_s)
             gained = 1 + accepted / decodes
             self.accounts.pay(decodes, taken_s / plain_s - gained)
-            self.reading.pay(min(0.0, taken_s / plain_s - gained))
+            self.reading.account.pay(min(0.0, taken_s / plain_s - gained))
             self.speedup = _faded(self.speedup, gained * plain_s / taken_s)
 
     def observe_other_step(self) -> None:
@@ -271,11 +257,11 @@ class Controller:
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
         self.seen.forget(sequence_id)
-        self._reading.discard(sequence_id)
+        self.reading.forget(sequence_id)
 
     def _earn(self, steps: int) -> None:
         self.accounts.earn(self._num_decodes, steps)
-        self.reading.earn(steps)
+        self.reading.account.earn(steps)
         self._untried_steps += steps
 
     @property
@@ -292,62 +278,16 @@ class Controller:
         if self._is_unacceptable:
             return max(1, _TRIED_AFTER - self._untried_steps)
         until_tried = self._missing_steps / probing_share(self._num_decodes)
-        rest = min(max(RESTING_STEPS, until_tried), _MOST_RESTING_STEPS, self._worth_in_steps)
+        rest = min(max(RESTING_STEPS, until_tried), _MOST_RESTING_STEPS, self.reading.worth_in_steps)
         return max(1, int(rest))
 
-    def _worth_reading(
+    def _worth(
         self, limits: Mapping[int, int], unread: Mapping[int, int], said: Mapping[int, int], plain_s: float
-    ) -> dict[int, int]:
-        """The limits of those that are read, and of those that are worth it; of the others, notes when the first is."""
-        worth, decodes, saved_share = dict(limits), self._num_decodes, None
-        self._reading &= unread.keys()
-        for number, tokens in unread.items():
-            # To stop halfway would have been for nothing.
-            if number not in worth or number in self._reading:
-                continue
-            # At most it saves all that the sequence took: for most there is no need to know more.
-            took_s, takes_s = said.get(number, 0) * plain_s / decodes, tokens * (self._reading_s or 0.0)
-            if took_s >= takes_s and saved_share is None:
-                # If all were read, for they share the draft's steps.
-                _, rate = self._rate(limits, decodes, plain_s)
-                saved_share = 1 - decodes / plain_s / rate
-            share = 1.0 if saved_share is None else saved_share
-            if self.reading.left < 0 or share * took_s < takes_s:
-                del worth[number]
-                if self.reading.left >= 0 and share > 0:
-                    self._worth_in_steps = min(self._worth_in_steps, (takes_s / share - took_s) * decodes / plain_s)
-        return worth
-
-    def _best(self, limits: Mapping[int, int], decodes: int, plain_s: float) -> dict[int, int]:
-        offers, self._rate_s = self._rate(limits, decodes, plain_s)
-        rows = min(self.most, self._most_rows(decodes))
-        row_s = max(0.0, self.costs.of(decodes, decodes + rows) - plain_s) / max(1, rows)
-        self._marginal_s = row_s, row_s + self._proposing.more(decodes) / decodes
-        if offers and self._num_choices % _NUDGED_AFTER == 0:
-            every = self.seen.offers(limits)
-            rows = len(offers) + _NUDGES[self._num_choices // _NUDGED_AFTER % len(_NUDGES)]
-            offers = every[: min(max(1, rows), self._most_rows(decodes))]
-        chosen: dict[int, int] = {}
-        for _, place, number, _ in offers:
-            chosen[number] = max(place, chosen.get(number, 0))
-        return chosen
-
-    def _rate(self, limits: Mapping[int, int], decodes: int, plain_s: float) -> tuple[list[Offer], float]:
-        """The offers that make the most tokens a second, and how many that is."""
-        offers = self.seen.offers(limits)[: self._most_rows(decodes)]
-        best_rate, best_rows = decodes / plain_s * (1 + _MARGIN), 0
-        tokens, expected, longest = float(decodes), 0.0, 0.0
-        guessed = dict.fromkeys(limits, 1.0)  # tokens guessed for each, on average; the first is in any case
-        for rows, (minus_chance, _, number, reached) in enumerate(offers, 1):
-            tokens -= minus_chance
-            expected += reached
-            longest = max(longest, guessed[number])
-            guessed[number] += reached
-            more_s = (self.costs.of(decodes, decodes + rows) - plain_s) * expected / rows
-            rate = tokens / (plain_s + more_s + self._proposing.of(decodes, longest))
-            if rate > best_rate:
-                best_rate, best_rows = rate, rows
-        return offers[:best_rows], best_rate if best_rows else decodes / plain_s
+    ) -> Mapping[int, int]:
+        decodes = self._num_decodes
+        # As if all were read, for they share the draft's steps.
+        saved_share = partial(self.gain.saved_share, limits, decodes, plain_s)
+        return self.reading.worth(limits, unread, said, plain_s / decodes, saved_share)
 
     def _probe(
         self, limits: Mapping[int, int], unread: Mapping[int, int], decodes: int, plain_s: float
@@ -358,32 +298,27 @@ class Controller:
         known = [number for number in limits if not unread.get(number)]
         if not known:
             number = min(limits, key=lambda each: unread[each])
-            reading_steps = unread[number] * (self._reading_s or 0.0) / plain_s
             # What will be worth it is waited for.
-            is_in_vain = self._reading_s is None or self._worth_in_steps == inf
-            return {number: 1} if is_in_vain and reading_steps <= self.reading.left else {}
+            if self.reading.token_s is not None and self.reading.worth_in_steps < inf:
+                return {}
+            return {number: 1} if self.reading.seconds(unread[number]) <= self.reading.account.left * plain_s else {}
         number = known[self._num_probes % len(known)]
-        tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self._most_rows(decodes))
+        tokens = min(_PROBES[self._num_probes % len(_PROBES)], limits[number], self.gain.most_rows(decodes))
         if tokens > 1 and self._can_try(decodes, tokens, tokens, plain_s):
             return {number: tokens}
         # One step of the draft's guesses a token for each.
-        everyone = dict.fromkeys(known[: self._most_rows(decodes)], 1)
+        everyone = dict.fromkeys(known[: self.gain.most_rows(decodes)], 1)
         for tried in (everyone, {number: 1}):
             if self._can_try(decodes, 1, len(tried), plain_s):
                 return tried
         return {}
 
     def _can_try(self, decodes: int, tokens: int, rows: int, plain_s: float) -> bool:
-        extra_s = self.costs.of(decodes, decodes + rows) + self._proposing.of(decodes, tokens) - plain_s
+        extra_s = self.gain.extra_s(decodes, rows, tokens)
         # Time alone gives no more than the first credit: whatever costs more could never be tried.
         self._missing_steps = min(extra_s / plain_s, CREDIT_STEPS) - self.account_steps
         self._is_probing = self._missing_steps <= 0
         return self._is_probing
-
-    def _most_rows(self, decodes: int) -> int:
-        """How many rows more than that may be tried: a step is at most twice as large as any that was measured."""
-        rows = 2 * self.costs.most_rows(decodes) - decodes
-        return rows if self._most_in_all is None else min(rows, self._most_in_all)
 
 
 def _faded(mean: float | None, value: float) -> float:

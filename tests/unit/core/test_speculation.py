@@ -348,16 +348,16 @@ def test_one_stall_of_reading_is_not_paid_for_for_hours() -> None:
     run.run(100)
     run.controller.observe_reading(100, 0.01)
     run.controller.observe_reading(100, 1000.0)
-    assert run.controller.reading.left >= -32.0
+    assert run.controller.reading.account.left >= -32.0
     for _ in range(60):
         run.controller.observe_reading(4000, 1000.0)
-    assert run.controller.reading.left == -32.0
+    assert run.controller.reading.account.left == -32.0
 
 
 def test_nobody_is_chosen_whose_reading_is_not_worth_it() -> None:
     run = Simulation([0.9] * 4, line(0.0))
     run.run(200)
-    run.controller.reading.left = -1.0
+    run.controller.reading.account.left = -1.0
     wanted = run.controller.choose(
         dict.fromkeys(range(4), 100), dict.fromkeys((0, 1, 2), 4000), dict.fromkeys(range(3), 9)
     )
@@ -450,7 +450,7 @@ def test_a_rest_is_as_long_as_it_takes_until_it_can_be_tried_again() -> None:
     run = Simulation([0.0] * 4, line(0.5), 0.004)
     run.run(400)
     controller, most = run.controller, dict.fromkeys(range(4), 100)
-    probe = controller.costs.of(4, 5) + controller._proposing.of(4, 1)
+    probe = controller.costs.of(4, 5) + controller.gain.proposing.of(4, 1)
     plain_s = controller.costs.plain(4)
     assert plain_s is not None
     needed = probe / plain_s - 1
@@ -476,7 +476,7 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
     controller = run.controller
     plain_s = controller.costs.plain(1)
     assert plain_s is not None
-    controller._reading_s, controller.reading.left = 10 * plain_s / 100, 0.0  # a hundred tokens are ten steps
+    controller.reading.token_s, controller.reading.account.left = plain_s / 10, 0.0
     said = 0
     for _ in range(4):
         wanted = controller.choose({0: 100}, {0: 100}, {0: said})
@@ -486,7 +486,7 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
         said += controller.rest_steps
     assert wanted
     assert 10 < said < 40
-    controller.reading.left = -1.0
+    controller.reading.account.left = -1.0
     assert controller.choose({0: 100}, {0: 50}, {0: said}), "what was begun is read to its end"
     assert controller.choose({1: 100}, {1: 100}, {1: said}) == {}
     assert controller.rest_steps == RESTING_STEPS
@@ -500,7 +500,7 @@ def test_those_who_share_the_drafts_steps_are_worth_reading_together() -> None:
     controller, most = run.controller, dict.fromkeys(range(4), 100)
     plain_s = controller.costs.plain(4)
     assert plain_s is not None
-    controller._reading_s, controller.seen = plain_s / 200, Acceptances(8)
+    controller.reading.token_s, controller.gain.seen = plain_s / 200, Acceptances(8)
     for _ in range(20):
         controller.seen.observe(9, 4, 4)
     assert controller.choose(most, dict.fromkeys(most, 200), dict.fromkeys(most, 100)).keys() == most.keys()
@@ -512,7 +512,7 @@ def test_it_does_not_read_to_try_what_will_be_worth_reading() -> None:
     controller = run.controller
     plain_s = controller.costs.plain(1)
     assert plain_s is not None
-    controller._reading_s, controller.reading.left = plain_s / 20, 500.0
+    controller.reading.token_s, controller.reading.account.left = plain_s / 20, 500.0
     assert controller.choose({7: 100}, {7: 2_000}, {7: 5}) == {}
     assert controller.rest_steps == RESTING_STEPS
     assert controller.choose({7: 100}, {7: 2_000}, {7: 300})
