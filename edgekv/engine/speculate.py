@@ -13,6 +13,7 @@ from edgekv.engine.memory_errors import is_out_of_memory
 from edgekv.engine.proposer import Proposer
 
 _FRESH_SHARE = 0.1  # of the latest verification in what is told of recent ones
+_STATS_STEPS = 16  # to tell what has become of them takes a hundredth of a small model's step
 _BANNED_STEPS = 256  # without proposals after one that found too little memory for them
 
 
@@ -146,11 +147,11 @@ class Speculation:
                 self._controller.forget(sequence_id)
 
     def stats(self) -> SpeculationStats:
-        """Counts as of now; means that fade and a pool that nothing is done with are a few steps old."""
+        """As of a few steps ago, or of now where a sequence has ended since, or the proposer's memory has changed."""
         proposer = self._proposer
-        as_of = self._verifications, self._read_tokens, proposer.yields, proposer.returns, proposer.gone, self._ended
+        as_of = proposer.yields, proposer.returns, proposer.gone, self._ended, self._verifications > 0
         self._stats_age += 1
-        if self._stats is None or as_of != self._stats_as_of or self._stats_age > RESTING_STEPS:
+        if self._stats is None or as_of != self._stats_as_of or self._stats_age > _STATS_STEPS:
             self._stats, self._stats_as_of, self._stats_age = self._fresh_stats(), as_of, 0
         return self._stats
 

@@ -140,6 +140,7 @@ def test_the_statistics_name_who_proposes_and_what_a_step_gives() -> None:
     assert (told.drafter, told.most_tokens, told.tokens_a_step) == (None, None, 3.0)
     free.script.guess = lambda sequence: (0,)
     free.step()
+    free.core.abort(1)  # until then they may be some steps old
     told = free.core.stats().speculation
     assert told is not None
     assert told.tokens_a_step == pytest.approx(2.8), "of which the latest is a tenth"
