@@ -257,7 +257,6 @@ class Controller:
     def forget(self, sequence_id: int) -> None:
         """The sequence has ended."""
         self.seen.forget(sequence_id)
-        self.reading.forget(sequence_id)
 
     def _earn(self, steps: int) -> None:
         self.accounts.earn(self._num_decodes, steps)

@@ -72,7 +72,3 @@ class Reading:
         self.token_s = running_mean(self.token_s, seconds / max(1, tokens))
         if plain_s:
             self.account.pay(seconds / plain_s)
-
-    def forget(self, number: int) -> None:
-        """The sequence has ended."""
-        self._begun.discard(number)

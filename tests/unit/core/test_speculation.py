@@ -375,6 +375,15 @@ def test_another_number_of_sequences_has_less_to_find_out_with() -> None:
     assert controller.account_steps == CREDIT_STEPS
 
 
+def test_now_and_then_it_tries_some_rows_more_or_fewer() -> None:
+    run = Simulation([1.0], line(0.02), most=6)
+    run.controller.gain.costs.observe(1, 1, 0.01)
+    run.run(400)
+    late = run.sizes[100:]
+    usual = max(set(late), key=late.count)
+    assert 5 <= sum(0 < size != usual for size in late) <= 60
+
+
 def test_a_first_guess_that_finds_cold_caches_does_not_stop_speculation() -> None:
     run = Simulation([0.9], line(0.05), 0.001)
     controller = run.controller
@@ -490,8 +499,7 @@ def test_a_rest_ends_when_a_sequence_will_have_said_enough_to_be_read() -> None:
     assert controller.choose({0: 100}, {0: 50}, {0: said}), "what was begun is read to its end"
     assert controller.choose({1: 100}, {1: 100}, {1: said}) == {}
     assert controller.rest_steps == RESTING_STEPS
-    controller.forget(0)
-    assert controller.choose({0: 100}, {0: 50}, {0: said}) == {}
+    assert controller.choose({0: 100}, {0: 50}, {0: said}) == {}, "it was not asked for in between: it has ended"
 
 
 def test_those_who_share_the_drafts_steps_are_worth_reading_together() -> None:
