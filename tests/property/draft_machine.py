@@ -93,6 +93,10 @@ class Moody(Controller):
     ) -> dict[int, int]:
         return {number: min(left, self._chance.choice([0, 0, 1, 2, 4, 8])) for number, left in most.items()}
 
+    def is_in_debt(self, decodes: int) -> bool:
+        """Never: what steps take here is not the same from one run to the next."""
+        return False
+
 
 class DraftMachine(SpeculatingMachine):
     """Requests, orders and faults, while a draft model guesses, runs short, and gives its memory back first."""
