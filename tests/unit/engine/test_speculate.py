@@ -291,6 +291,27 @@ def test_rests_are_kept_by_how_many_run_and_told_of() -> None:
     assert asked == [2, 1, 2], "one step of the rest was left"
 
 
+def test_a_rest_of_one_ends_with_its_sequence() -> None:
+    controller = Controller(3)
+    harness = Harness(counting(9), controller=controller)
+    asked: list[int] = []
+
+    def choose(most: Mapping[int, int], *_: object) -> dict[int, int]:
+        asked.extend(most)
+        controller.rest_steps = 100
+        return {}
+
+    controller.choose = choose  # type: ignore[method-assign, assignment]
+    harness.submit(1)
+    for _ in range(4):
+        harness.step()
+    harness.core.abort(1)
+    harness.submit(2)
+    for _ in range(4):
+        harness.step()
+    assert asked == [1, 2]
+
+
 def test_a_step_verifies_no_more_in_all_than_there_may_be() -> None:
     harness = Harness(counting(0))
     harness.scheduler.limits = Limits(max_proposed=5)
