@@ -9,7 +9,7 @@ from edgekv.core.kv_format import KVDtypeName, KVPlan
 from edgekv.core.model_shape import ModelShape, WeightBytes
 
 DRAFT_KV_BYTES = 1 * GIB
-DRAFT_LEASES = "weights.draft", "workspace.draft", "kv.draft"
+WEIGHTS_LEASE, WORKSPACE_LEASE, DRAFT_KV_LEASE = DRAFT_LEASES = ("weights.draft", "workspace.draft", "kv.draft")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, WEIGHTS_LEASE, WORKSPACE_LEASE, DraftPlan
 from edgekv.core.dtype_choice import DtypeChoice
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.ledger import Ledger
@@ -18,7 +18,7 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.engine.at_once import AtOnce
 from edgekv.engine.draft import DraftModel
 from edgekv.engine.draft_errors import DraftUnusable, told_of_draft
-from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
+from edgekv.engine.draft_memory import DraftMemory, LoadedDraft
 from edgekv.engine.draft_settings import drafter_name
 from edgekv.engine.kv_pool import KVPool
 from edgekv.engine.native import Kernels, load_native
@@ -26,7 +26,7 @@ from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.native_runner import NativeRunner
 from edgekv.engine.runner import Runner
 from edgekv.engine.sampler import Sampler
-from edgekv.engine.settings import DRAFT_KV_LEASE, EngineSettings, card_limits, draft_engine, weigh
+from edgekv.engine.settings import EngineSettings, card_limits, draft_engine, weigh
 from edgekv.engine.warm_up import warm_up
 from edgekv.errors import ModelError
 from edgekv.kernels.rt.compiler import CompileFailed

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, WEIGHTS_LEASE, WORKSPACE_LEASE, DraftPlan
 from edgekv.core.ledger import Lease, Ledger
 from edgekv.engine.draft import DraftModel
 from edgekv.engine.driver import DeviceLost
@@ -23,12 +23,9 @@ from edgekv.engine.kv_pool import BlockMemory
 from edgekv.engine.memory_errors import give_back_cached, is_out_of_memory
 from edgekv.engine.protocols import Pipeline
 from edgekv.engine.segments import Growth, Segments
-from edgekv.engine.settings import DRAFT_KV_LEASE
 from edgekv.errors import EdgeKVError, OverBudget
 
 log = logging.getLogger(__name__)
-
-WEIGHTS_LEASE, WORKSPACE_LEASE = "weights.draft", "workspace.draft"
 
 MOST_SKIPPED = 63  # orders to grow, between two attempts at weights that the device had no memory for
 LONG_LOAD_S = 0.2  # for which no stream is to stand still without need

@@ -8,7 +8,7 @@ from edgekv.config.settings import Config, Model, PinnedPrompt, Priorities
 from edgekv.config.units import Share
 from edgekv.core.capacity import plan_memory
 from edgekv.core.demand import Demand
-from edgekv.core.draft_plan import Draft
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, Draft
 from edgekv.core.dtype_choice import DtypeChoice, DtypeName, choose_dtype, without_bfloat16
 from edgekv.core.kv_format import KVDtypeName, kv_alignment, plan_kv
 from edgekv.core.ledger import Ledger
@@ -33,7 +33,7 @@ from edgekv.model.weight_plan import native_bytes, native_inputs, plain_bytes
 from edgekv.model.weight_table import WeightTable, read_weight_table
 from edgekv.smi.device import Place
 
-KV_LEASE, DRAFT_KV_LEASE = "kv.target", "kv.draft"
+KV_LEASE = "kv.target"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from edgekv.core.block_pool import BlockPool, BlockState
-from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, WEIGHTS_LEASE, WORKSPACE_LEASE, DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
 from edgekv.core.model_shape import WeightBytes
@@ -15,13 +15,12 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.speculation import Controller
 from edgekv.engine.at_once import AtOnce
 from edgekv.engine.draft import DraftModel
-from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
+from edgekv.engine.draft_memory import DraftMemory, LoadedDraft
 from edgekv.engine.kv_pool import BlockMemory, KVPool
 from edgekv.engine.native_pool import NativeKVPool
 from edgekv.engine.native_runner import NativeRunner
 from edgekv.engine.runner import Runner
 from edgekv.engine.sampler import Sampler
-from edgekv.engine.settings import DRAFT_KV_LEASE
 from edgekv.engine.shared_memory import SharedMemory
 from edgekv.model.causal_lm import CausalLM
 from edgekv.model.native_lm import NativeLM

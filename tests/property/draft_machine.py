@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, WEIGHTS_LEASE, WORKSPACE_LEASE, DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
 from edgekv.core.model_shape import WeightBytes
@@ -21,9 +21,9 @@ from edgekv.core.speculation import Controller
 from edgekv.core.step import Resize
 from edgekv.engine.core import EngineCore
 from edgekv.engine.draft import MOST_REST_S, REST_S, DraftModel
-from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
+from edgekv.engine.draft_memory import DraftMemory, LoadedDraft
 from edgekv.engine.kv_pool import PoolShape
-from edgekv.engine.settings import DRAFT_KV_LEASE, KV_LEASE
+from edgekv.engine.settings import KV_LEASE
 from edgekv.engine.shared_memory import SharedMemory
 from edgekv.errors import ModelError
 from tests.property.elastic_machine import BLOCK_SIZE, SEGMENT_BLOCKS, SEGMENT_BYTES, WEIGHT_BYTES, ScarceMemory

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from edgekv.core.block_pool import BlockPool
-from edgekv.core.draft_plan import DraftPlan
+from edgekv.core.draft_plan import DRAFT_KV_LEASE, WEIGHTS_LEASE, WORKSPACE_LEASE, DraftPlan
 from edgekv.core.kv_cache import KVCache
 from edgekv.core.kv_format import KVPlan
 from edgekv.core.ledger import Ledger
@@ -13,11 +13,10 @@ from edgekv.core.prefix_cache import PrefixCache
 from edgekv.core.scheduler import Limits, Scheduler
 from edgekv.core.step import BlockCopy, StepPlan
 from edgekv.engine.draft import DraftModel
-from edgekv.engine.draft_memory import WEIGHTS_LEASE, WORKSPACE_LEASE, DraftMemory, LoadedDraft
+from edgekv.engine.draft_memory import DraftMemory, LoadedDraft
 from edgekv.engine.protocols import Pending
 from edgekv.engine.sample_row import SampleRow
 from edgekv.engine.segments import Segments
-from edgekv.engine.settings import DRAFT_KV_LEASE
 from edgekv.engine.shared_memory import SharedMemory
 
 MIB = 1 << 20
